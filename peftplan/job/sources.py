@@ -9,6 +9,7 @@ on the meta device (extra `trace`). No code from a model repository is ever exec
 import os
 import re
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -133,7 +134,7 @@ def kept(architecture: Architecture, config: Mapping[str, object]) -> Architectu
     for known, of_config in _KEPT:
         if known is architecture or (known == architecture and of_config == config):
             return known
-    _KEPT.append((architecture, config))
+    _KEPT.append((architecture, deepcopy(dict(config))))  # a caller may change its own in place
     del _KEPT[:-MOST_KEPT]
     return architecture
 

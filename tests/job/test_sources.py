@@ -18,7 +18,7 @@ from peftplan.arch import hub
 from peftplan.arch.configfile import MAX_CONFIG_BYTES
 from peftplan.arch.hub import HubError
 from peftplan.errors import InputError, MissingExtraError, PeftplanError, RefusedError, UnknownNameError
-from peftplan.job.sources import load, load_config
+from peftplan.job.sources import kept, load, load_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -499,3 +499,12 @@ def test_a_config_is_read_once(tmp_path: Path) -> None:
     changes, reads = map(int, done.stdout.split())
     assert changes > 0
     assert reads == 1
+
+
+def test_a_config_that_its_caller_changes_in_place_is_another_model() -> None:
+    """Also in a nested value that no `Architecture` has: steps are shared between jobs of equal configs."""
+    config: dict[str, Any] = load_config("llama-3.1-8b") | {"rope_scaling": {"factor": 8.0}}
+    first = kept(load(config), config)
+    assert kept(load(config), dict(config)) is first
+    config["rope_scaling"]["factor"] = 4.0
+    assert kept(load(config), config) is not first
