@@ -28,3 +28,7 @@ def test_tables_go_back_over_4_bits_under_bf16_alone() -> None:
         peftplan.estimate("qwen2.5-0.5b", method="lora", narrow_tables=True)
     on_ranks = peftplan.estimate("qwen2.5-0.5b", method="qlora", narrow_tables=True, strategy="ddp", gpus=2)
     assert on_ranks.peaks is None
+
+
+def test_other_jobs_do_not_name_the_option() -> None:
+    assert "narrow_tables" not in peftplan.estimate("qwen2.5-0.5b", method="qlora").assumptions
