@@ -9,7 +9,7 @@ import pytest
 
 import peftplan
 from peftplan.planning.configs import of_plan
-from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, read
+from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIFT, read
 
 
 @pytest.mark.parametrize(("method", "dtype"), [("full", "fp32"), ("lora", "bf16")])
@@ -66,6 +66,10 @@ LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_
         ({**AXOLOTL, "warmup_steps": 0.1}, "warmup_steps", "ValidationError"),
         ({**AXOLOTL, "flash_attn_fuse_mlp": True}, "flash_attn_fuse_mlp", "ValueError"),
         ({**AXOLOTL, "rl": "ebft", "ebft": {"mode": "strided"}, "torch_compile": True}, "torch_compile", "ValueError"),
+        ({**AXOLOTL, "load_in_4bit": False}, "adapter", "ValueError"),
+        ({**AXOLOTL, "load_in_8bit": True}, "load_in_8bit", "ValueError"),
+        ({**AXOLOTL, "rl": "rloo"}, "rl", "ValidationError"),
+        ({**SWIFT, "rlhf_type": "rloo"}, "rlhf_type", "ValueError"),
         ({**ON_RANKS, "deepspeed": "deepspeed_configs/zero3.json"}, "deepspeed", "RuntimeError"),
         ({**ON_RANKS, "deepspeed": AUTO}, "deepspeed", "RuntimeError"),
         ({**LLAMA_FACTORY_FULL, "use_apollo": True}, "use_apollo", "NotImplementedError"),

@@ -159,3 +159,21 @@ def test_recipes_clip_gradients_where_they_are_told_to() -> None:
     assert "clip_gradients" not in read({**TORCHTUNE, "clip_grad_norm": None}).options
     assert not read(whole).unsupported
     assert "RuntimeError" in read({**whole, "optimizer_in_bwd": True}).refused["clip_grad_norm"].why
+
+
+@pytest.mark.parametrize(
+    ("more", "key"),
+    [({"num_output_chunks": 4}, "loss.num_output_chunks"), ({"mask_ignored_tokens": False}, "loss.mask_ignored_tokens")],
+)
+def test_other_chunks_of_a_linear_loss_have_no_peak(more: dict[str, object], key: str) -> None:
+    """torchtune, modules/loss/cross_entropy_loss.py: with one chunk all logits are there at once."""
+    linear = {"_component_": "torchtune.modules.loss.LinearCrossEntropyLoss", "num_output_chunks": 8}
+    before = read({**TORCHTUNE, "loss": linear}).unsupported
+    assert read({**TORCHTUNE, "loss": {**linear, **more}}).unsupported.keys() - before == {key}
+
+
+@pytest.mark.parametrize("names", [[], ["q_proj", "o_proj"]])
+def test_modules_that_torchtune_does_not_adapt_have_no_count(names: list[str]) -> None:
+    """torchtune, modules/peft/_utils.py:16, and models/llama3/_component_builders.py:354 for none."""
+    model = {**TORCHTUNE["model"], "lora_attn_modules": names}
+    assert "model.lora_attn_modules" in read({**TORCHTUNE, "model": model}).unsupported
