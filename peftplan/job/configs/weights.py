@@ -164,10 +164,10 @@ class Weights(Objects):
                 self.done.add(self._here())
         elif last == "evaluate" and isinstance(node.func, ast.Attribute):
             of = self.value_of_object(node.func.value)
-            makers = of.made_by if self.taken and of is not None and self._here() in self.done else ()
+            makers = of.made_by if self.taken and of is not None else ()
             for call in self.calls:
-                if trains(call["call"]) and self.nodes[id(call)] in makers:
-                    call["kwargs"]["evaluate"] = True
+                if trains(call["call"]) and self.nodes[id(call)] in makers and call["kwargs"].get("evaluate") is not True:
+                    call["kwargs"]["evaluate"] = True if self._here() in self.done else "before"
         elif last in self.frozen_before:
             self._set_frozen(frozen=self.frozen_before[last])
             if last in self.adapting_before:

@@ -72,6 +72,7 @@ LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_
         ({**SWIFT, "rlhf_type": "rloo"}, "rlhf_type", "ValueError"),
         ({**ON_RANKS, "deepspeed": "deepspeed_configs/zero3.json"}, "deepspeed", "RuntimeError"),
         ({**ON_RANKS, "deepspeed": AUTO}, "deepspeed", "RuntimeError"),
+        ({**LLAMA_FACTORY_FULL, "bf16": True, "fp16": True}, "fp16", "ValueError"),
         ({**LLAMA_FACTORY_FULL, "use_apollo": True}, "use_apollo", "NotImplementedError"),
         ({**LLAMA_FACTORY_FULL, "use_galore": True}, "use_galore", "NotImplementedError"),
         ({**LLAMA_FACTORY_FULL, "mixture_of_depths": "convert"}, "mixture_of_depths", "ImportError"),

@@ -333,3 +333,34 @@ def test_noise_on_the_embeddings_of_a_script(tmp_path: Path) -> None:
         plan = read_config(written(tmp_path / "train.py", text))
         assert plan.options["noisy_embeddings"] is True
         assert not plan.unsupported
+
+
+TRAINS = """from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B", dtype="bfloat16")
+args = TrainingArguments(output_dir="out", per_device_train_batch_size=2, per_device_eval_batch_size=ROWS, PRECISION)
+trainer = Trainer(model=model, args=args, train_dataset=rows, eval_dataset=others)
+"""
+
+
+@pytest.mark.parametrize(("rows", "bound"), [("2", set()), ("4", {"trainer.evaluate"})])
+def test_an_evaluation_before_training_makes_a_lower_bound(tmp_path: Path, rows: str, bound: set[str]) -> None:
+    program = TRAINS.replace("ROWS", rows).replace("PRECISION", "bf16=True")
+    plan = read_config(written(tmp_path / "a.py", f"{program}trainer.evaluate()\ntrainer.train()\n"))
+    assert plan.unsupported.keys() == bound
+    both = read_config(written(tmp_path / "b.py", f"{program}trainer.evaluate()\ntrainer.train()\ntrainer.evaluate()\n"))
+    assert both.options["eval_batch_size"] == int(rows)
+
+
+@pytest.mark.parametrize(
+    ("precision", "refused"), [("bf16=True, fp16=True", True), ("bf16=False, fp16=True", False), ("fp16=True", False)]
+)
+@pytest.mark.parametrize("trainer", ["Trainer", "SFTTrainer"])
+def test_both_precisions_at_once_have_no_peak(tmp_path: Path, precision: str, trainer: str, *, refused: bool) -> None:
+    """transformers 5.24.0, training_args.py:1785: ValueError: At most one of fp16 and bf16 can be True, but not both."""
+    program = TRAINS.replace("ROWS", "2").replace("PRECISION", precision)
+    if trainer == "SFTTrainer":
+        program = "from trl import SFTConfig, SFTTrainer\n" + program.replace("TrainingArguments(", "SFTConfig(")
+        program = program.replace("= Trainer(", "= SFTTrainer(")
+    plan = read_config(written(tmp_path / "a.py", f"{program}trainer.train()\n"))
+    assert ("args.fp16" in plan.unsupported) is refused
+    assert plan.options["autocast"] == "fp16"
