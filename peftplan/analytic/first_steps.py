@@ -64,7 +64,7 @@ def left_by_first(
     (rows,) = as_recorded((job.setup.batch_size,))
     facts = facts_of(job._replace(setup=job.setup.model_copy(update={"batch_size": rows})), compute_capability)
     micro_batches = min(job.setup.gradient_accumulation_steps, Zero3.micro_batches)
-    of_setup = (*facts, micro_batches, as_recorded(_OF_SETUP(job.setup)))
+    of_setup = (*facts, micro_batches, as_recorded(_OF_SETUP(job.setup)), job.second_config)
     key = (id(job.architecture), method, *described, job.script, strategy, trained, of_setup)
     if key not in _KNOWN:
         _run(inventory, model, program, compute_capability)

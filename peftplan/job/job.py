@@ -39,6 +39,8 @@ class Job(NamedTuple):
     """The strategy that divides the job over several GPUs; None on one."""
     multiprocessors: int | None = None
     """How many the card has; None takes those of `hardware.processors` for its compute capability."""
+    second_config: str | None = None
+    """The config of a teacher or a reward model that a file holds (`teacher.second_config`)."""
 
     @property
     def model(self) -> object:

@@ -260,6 +260,11 @@ def prepared(request: Request) -> Job:
         *_replaced(set_here.get("optim"), setup),
     )
     chosen |= frozenset(adapter)
+    second = None
+    if setup.teacher_model is not None or setup.reward_model is not None:
+        from peftplan.job.teacher import second_config
+
+        second = second_config(setup)
     return Job(
         request._replace(model=model),
         kind,
@@ -272,6 +277,7 @@ def prepared(request: Request) -> Job:
         warnings,
         chosen,
         distributed,
+        second_config=second,
     )
 
 

@@ -3,6 +3,7 @@ updates its parameters."""
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +17,7 @@ from peftplan.units import ceil_div
 
 if TYPE_CHECKING:
     from peftplan.job.job import Job
+    from peftplan.job.setup import Setup
 
 
 MOST_LIVE = 10**9
@@ -84,9 +86,8 @@ def _teacher(job: Job) -> Teacher:
     student = job.architecture.vocab_size
     rows = student if setup.by.resizes_teacher else None
     by = setup.by
-    teacher = _read(
-        "teacher_model", setup.teacher_model, rows, _dtype(job), setup.trust_remote_code, by.own_modules, by.freezes_teacher
-    )
+    described = "teacher_model", setup.teacher_model, job.second_config
+    teacher = _read(*described, rows, _dtype(job), setup.trust_remote_code, by.own_modules, by.freezes_teacher)
     if student != (own := teacher.architecture.vocab_size):
         raise RefusedError(
             f"teacher_model: {setup.by.called} compares distributions over one vocabulary, not {own:,} with {student:,}"
@@ -106,7 +107,8 @@ def reward_of(job: Job) -> Teacher | None:
     setup = job.setup
     if setup.reward_model is None:
         return None
-    return _read("reward_model", setup.reward_model, None, _dtype(job), setup.trust_remote_code, False, True)
+    described = "reward_model", setup.reward_model, job.second_config
+    return _read(*described, None, _dtype(job), setup.trust_remote_code, False, True)
 
 
 def value_of(job: Job) -> Teacher:
@@ -130,14 +132,37 @@ def trained_together(job: Job, policy: Parameters) -> Parameters:
     return policy._replace(all=(*policy.all, *values))
 
 
-@lru_cache(maxsize=8)
-def _read(
-    option: str, name: str, rows: int | None, dtype: str, trust_remote_code: bool, own_modules: bool, frozen: bool
-) -> Teacher:
-    """`rows`: of its embeddings; None: as its config says. `own_modules`: torchtune builds it. `frozen`: none of it trains."""
-    scores = option == "reward_model"
+def second_config(setup: Setup) -> str | None:
+    """The config of a teacher or a reward model in a file or on the Hub, as JSON; None of a built-in one, and without one.
+
+    A job reads it once: the file may be another one for the next job.
+    """
+    option = "teacher_model" if setup.teacher_model is not None else "reward_model"
+    if (name := getattr(setup, option)) is None:
+        return None
     try:
         model = sources.read(name)
+    except InputError as error:
+        raise InputError(option, name, error.accepted) from None
+    return json.dumps(model.config) if isinstance(model, sources.Source) else None
+
+
+@lru_cache(maxsize=8)
+def _read(
+    option: str,
+    name: str,
+    config: str | None,
+    rows: int | None,
+    dtype: str,
+    trust_remote_code: bool,
+    own_modules: bool,
+    frozen: bool,
+) -> Teacher:
+    """`config`: see `second_config`. `rows`: of its embeddings; None: as its config says. `own_modules`: torchtune builds it.
+    `frozen`: none of it trains."""
+    scores = option == "reward_model"
+    try:
+        model: object = name if config is None else sources.Source(json.loads(config), name, name)
         if rows is not None:
             model = {**sources.load_config(model), "vocab_size": rows}
         task, labels = ("SEQ_CLS", 1) if scores else ("CAUSAL_LM", None)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import peftplan
 from peftplan.analytic import compiled as room
 from peftplan.job.inventory import Inventory, inventory
 from peftplan.job.job import Job
@@ -38,6 +41,7 @@ OTHERS: dict[str, Job] = {
     "script": JOB._replace(request=JOB.request._replace(script=Script(empties_cache=True))),
     "GPUs": JOB._replace(distributed=prepare("gemma-2-2b", method="lora", seq_len=512, gpus=2).distributed),
     "architecture": JOB._replace(architecture=replace(JOB.architecture)),
+    "the config of a second model": JOB._replace(second_config="{}"),
     "more than one sequence": at(batch_size=2),
     "a ragged mask": at(seq_len=500),
     "more than a window": at(seq_len=5000),
@@ -110,3 +114,16 @@ def test_a_config_that_is_read_again_is_not_compiled_again() -> None:
     assert first.architecture is again.architecture
     assert first.architecture == other.architecture
     assert first.architecture is not other.architecture
+
+
+def test_a_teacher_whose_file_changed_is_read_again(tmp_path: Path) -> None:
+    """Four layers more of Qwen2.5 0.5B, of 14,912,384 parameters each, in 16 bits; of each layer two norms and three biases end
+    256 bytes before a block of 512 does."""
+    config = load_config("qwen2.5-0.5b")
+    options: dict[str, Any] = {"method": "lora", "seq_len": 256, "trainer": "trl-gkd", "teacher_model": str(tmp_path)}
+    memory = []
+    for layers in (4, 8):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+        memory.append(peftplan.estimate("qwen2.5-0.5b", **options).to_dict()["memory"])
+    assert memory[1]["persistent"] - memory[0]["persistent"] == 4 * (2 * 14_912_384 + 5 * 256)
+    assert memory[1]["peak_allocated"] - memory[0]["peak_allocated"] == pytest.approx(4 * 2 * 14_912_384, rel=0.02)
