@@ -61,8 +61,25 @@ def sent_in_forward(parameters: Parameters) -> tuple[int, ...]:
 
 def _in_order(parameters: Parameters) -> list[Parameter]:
     """As the model registers them: a layer of Llama 3.2 Vision that looks at pictures has what others lack first."""
+    replaced = {_module(p) for p in parameters.all if any(a.name == "g_idx" for a in p.allocations)}
     of_layers = groupby(tensors(in_module_order(parameters)), key=lambda placed: placed[1])
-    return [p for _, of_layer in of_layers for p, _ in sorted(of_layer, key=lambda placed: OF_PICTURES not in placed[0].name)]
+    layers = ([p for p, _ in sorted(of_layer, key=lambda placed: OF_PICTURES not in placed[0].name)] for _, of_layer in of_layers)
+    return [p for families in layers for p in (_as_replaced(families, replaced) if replaced else families)]
+
+
+def _as_replaced(families: list[Parameter], packed: set[str]) -> list[Parameter]:
+    """With a module's packed layers behind what else it has, by name: optimum deletes a layer and adds its own (2.3.0,
+    gptq/quantizer.py:302)."""
+    parents = {name.rpartition(".")[0] for name in packed}
+
+    def parent(p: Parameter) -> str | None:
+        return next((name for name in parents if p.name.startswith(f"{name}.")), None)
+
+    def place(p: Parameter) -> str:
+        return next((name for name in packed if p.name.startswith(f"{name}.")), "")
+
+    groups = groupby(families, key=parent)
+    return [p for name, group in groups for p in (group if name is None else sorted(group, key=place))]
 
 
 def _packed(parameters: Parameters) -> set[str]:
@@ -72,7 +89,7 @@ def _packed(parameters: Parameters) -> set[str]:
 
 def _of_packed(parameters: Parameters) -> list[tuple[str, int]]:
     packed = _packed(parameters)
-    each = (p for p, _ in tensors(in_module_order(parameters)) if _module(p) in packed) if packed else ()
+    each = (p for p in _in_order(parameters) if _module(p) in packed) if packed else ()
     return [(a.dtype, a.nbytes) for p in each for a in p.allocations]
 
 
