@@ -69,7 +69,7 @@ def without_formula(job: Job) -> str | None:
     prepares = job.quant is not None and bool(job.setup.kbit_prepare)
     if by.narrows:
         return " and tables that are cast back"
-    if job.setup.noisy_embeddings:
+    if job.setup.noisy_embeddings and distributed.strategy != "ddp":
         return " and noise on the embeddings"
     if prepares and by.casts_back and distributed.strategy not in WHOLE:  # axolotl 0.19.0, loaders/model.py:1002
         return f" and kbit preparation, which {by.called} leaves out there"

@@ -1,4 +1,4 @@
-"""`neftune_noise_alpha` of Trainer and SFTTrainer on one GPU: twenty rehearsed steps over rows of equal length."""
+"""`neftune_noise_alpha` of Trainer and SFTTrainer: twenty rehearsed steps over rows of equal length, three of those under DDP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from tools.rehearsed_jobs import read
 ROWS = read(Path(__file__).with_name("noisy_embeddings.jsonl"))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['options']['trainer']}-{row['options']['method']}")
+@pytest.mark.parametrize(
+    "row", ROWS, ids=lambda row: "-".join(str(row["options"].get(name, "one")) for name in ("trainer", "method", "strategy"))
+)
 def test_noise_takes_the_place_of_embeddings(row: dict[str, Any]) -> None:
     peaks = peftplan.estimate(row["model"], **row["options"]).peaks
     assert peaks is not None
@@ -21,5 +23,6 @@ def test_noise_takes_the_place_of_embeddings(row: dict[str, Any]) -> None:
     assert peaks.reserved == row["reserved"]
 
 
-def test_noise_on_several_gpus_has_no_formula() -> None:
-    assert peftplan.estimate("qwen2.5-0.5b", method="lora", noisy_embeddings=True, strategy="ddp", gpus=2).peaks is None
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp2"])
+def test_noise_beside_shards_has_no_formula(strategy: str) -> None:
+    assert peftplan.estimate("qwen2.5-0.5b", method="lora", noisy_embeddings=True, strategy=strategy, gpus=2).peaks is None
