@@ -9,7 +9,7 @@ import pytest
 
 import peftplan
 from peftplan.planning.configs import of_plan
-from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIFT, read
+from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIFT, TRL, read
 
 
 @pytest.mark.parametrize(("method", "dtype"), [("full", "fp32"), ("lora", "bf16")])
@@ -73,6 +73,7 @@ LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_
         ({**ON_RANKS, "deepspeed": "deepspeed_configs/zero3.json"}, "deepspeed", "RuntimeError"),
         ({**ON_RANKS, "deepspeed": AUTO}, "deepspeed", "RuntimeError"),
         ({**LLAMA_FACTORY_FULL, "bf16": True, "fp16": True}, "fp16", "ValueError"),
+        ({**TRL, "bf16": True, "fp16": True}, "fp16", "ValueError"),
         ({**LLAMA_FACTORY_FULL, "use_apollo": True}, "use_apollo", "NotImplementedError"),
         ({**LLAMA_FACTORY_FULL, "use_galore": True}, "use_galore", "NotImplementedError"),
         ({**LLAMA_FACTORY_FULL, "mixture_of_depths": "convert"}, "mixture_of_depths", "ImportError"),
@@ -425,3 +426,10 @@ def test_positions_of_packed_rows_are_not_padded(more: dict[str, Any], runs: boo
 def test_code_beside_the_weights_is_assumed_away(values: dict[str, Any], model: str, has_own: bool) -> None:
     key = "model" if "model" in values else "model_name_or_path"
     assert ("trust_remote_code" in read({**values, key: model, "trust_remote_code": True}).assumed) is has_own
+
+
+@pytest.mark.parametrize(("rows", "bound"), [(1, set()), (4, {"eval_on_start"})])
+def test_an_evaluation_on_start_makes_a_lower_bound(rows: int, bound: set[str]) -> None:
+    """transformers 5.24.0, trainer.py:1655: whatever eval_strategy says."""
+    plan = read({**LLAMAFACTORY, "val_size": 0.1, "eval_on_start": True, "per_device_eval_batch_size": rows})
+    assert plan.unsupported.keys() == bound

@@ -658,3 +658,10 @@ trainer = SFTTrainer(model=model, args=SFTConfig(optim="sgd"{decay}))
 trainer.train()
 """
     assert bound(read_text(text, file="a.py").unsupported) == kind
+
+
+def test_trained_biases_leave_unsloth_s_layers_apart() -> None:
+    """models/llama.py:5335: it fuses layers with their adapters where bias is none."""
+    model = "model = FastLanguageModel.get_peft_model(model, r=16"
+    program = UNSLOTH.format(settings="", arguments=", max_steps=60").replace(model, f'{model}, bias="all"')
+    assert read_text(program, file="a.py").unsupported["lora.bias"].effect == "raises"
