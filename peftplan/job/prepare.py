@@ -105,13 +105,14 @@ def prepared(request: Request) -> Job:
         model, model_config = _with_new_layers(model, model_config, config)
     set_here = {k: v for k, v in setup_options.items() if v is not None}
     stored = stored_format(model_config, set_here)
-    if stored and kind is not None and kind.name == "full":
+    all_train = kind is not None and kind.name == "full"
+    if stored and all_train:
         raise RefusedError(
             f"model: its repository stores weights as {stored['quant']}, and transformers refuses to train these; "
             "name the repository that stores 16 bits, or use a PEFT method"
         )
     set_here = stored | set_here
-    loaded_dtype = dtype_of_weights(model, model_config, set_here, request.script)
+    loaded_dtype = dtype_of_weights(model, model_config, set_here, request.script, all_train=all_train)
     set_here |= loaded_dtype
     chosen -= loaded_dtype.keys()
     setup = parse_setup(

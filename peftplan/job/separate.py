@@ -27,14 +27,18 @@ NOT_ON_4_BIT = ("loha", "lokr")
 """Methods whose forward adds an update to the packed weight itself (`LycorisLayer`, peft) and raises a RuntimeError."""
 
 
-def dtype_of_weights(model: object, model_config: Options, set_here: Options, script: Script) -> dict[str, str]:
-    """The dtype in which `from_pretrained` loads a model for which none is named; bf16 where its checkpoint's is not known."""
+def dtype_of_weights(
+    model: object, model_config: Options, set_here: Options, script: Script, *, all_train: bool = False
+) -> dict[str, str]:
+    """The dtype in which `from_pretrained` loads a model for which none is named. Where its checkpoint's is not known, bf16; fp32
+    where all weights train under fp16 autocast, whose gradients torch unscales in no 16 bits."""
     dtype = set_here.get("dtype")
     if dtype == AS_LOADED and versions.DTYPE_OF_CHECKPOINT.after(script.transformers):
         return {"dtype": "fp32"}
     if dtype not in (OF_CHECKPOINT, AS_LOADED):
         return {}
-    return {"dtype": architectures.checkpoint_dtype(model, model_config) or "bf16"}
+    assumed = "fp32" if all_train and set_here.get("autocast") == "fp16" else "bf16"
+    return {"dtype": architectures.checkpoint_dtype(model, model_config) or assumed}
 
 
 def launched_options(options: Options, script: Script) -> tuple[dict[str, object], dict[str, object], tuple[str, ...]]:

@@ -351,3 +351,11 @@ def test_a_script_is_closed_to_other_facts() -> None:
         Script(earlier_seq_lens=(0,))
     with pytest.raises(ValueError, match="should match pattern"):
         Script(torch="main")
+
+
+def test_weights_of_an_unknown_dtype_train_under_fp16_autocast_in_fp32() -> None:
+    """torch unscales no gradients in 16 bits, so a job of fp16 autocast that runs has others."""
+    job = {"model": "deberta-v2-xxlarge", "method": "full", "task_type": "SEQ_CLS", "dtype": "auto", "trainer": "transformers"}
+    result = peftplan.estimate(**job, autocast="fp16")
+    assert (result.assumptions["dtype"], peftplan.estimate(**job).assumptions["dtype"]) == ("fp32", "bf16")
+    assert any("not known here; fp32 is counted" in note for note in result.assumptions["notes"])
