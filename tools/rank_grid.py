@@ -390,6 +390,10 @@ def ulysses_jobs() -> Iterator[dict[str, Any]]:
     for method in METHODS:
         yield job("zero3", method, 2, zero=AUTO, parallel={"sp_size": 2}, seq_len=2048)
         yield job("zero3", method, 4, zero=AUTO, parallel={"sp_size": 4}, seq_len=4096, checkpointing=False)
+    for strategy, world in (("zero2", 4), ("zero3", 8)):
+        zero = {"zero": AUTO} if strategy == "zero3" else {}
+        yield job(strategy, "qlora", world, **zero, parallel={"sp_size": world}, seq_len=4096, model="llama-3.2-1b", layers=2)
+    yield job("zero3", "qlora", 2, zero=AUTO, parallel={"sp_size": 2}, seq_len=4096, model="qwen2.5-0.5b", layers=2)
     for strategy, method, world, more in ULYSSES:
         yield job(strategy, method, world, **more)
 

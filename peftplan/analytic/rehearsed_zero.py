@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
-from peftplan.analytic.shown import FLAT, adapts_leaves, is_like_traced
+from peftplan.analytic.shown import FLAT, adapts_leaves, is_like_traced, is_plain, knows_methods, knows_optimizers
 from peftplan.job.loss_sizes import CUT, SHARED, SHARED_CHUNKS
 from peftplan.memory.zero3_modules import LEAVES, has_unlisted_leaves, waits_by_address
 
@@ -62,15 +62,21 @@ def _knows_ulysses(job: Job, distributed: Distributed) -> bool:
     setup, blocks = job.setup, job.architecture.blocks
     return (
         distributed.strategy in (*FLAT, "zero3")
-        and is_like_traced(job)
+        and (is_like_traced(job) or _divides_nf4(job))
         and job.architecture.model_type in SHARING_ROWS
         and not any(a.window for block in blocks for a in block.attentions)
-        and job.is_full_or_lora
+        and (job.is_full_or_lora or job.method_name == "qlora")
         and (setup.attn_implementation, setup.loss, setup.rows) == ("sdpa", "full", 1)
         and not (setup.padding or setup.by.sums_tokens or (setup.use_reentrant and setup.gradient_checkpointing))
         and distributed.reduce_scatter is not False
         and job.script.checkpoints_forward  # older releases of transformers were not rehearsed
     )
+
+
+def _divides_nf4(job: Job) -> bool:
+    """Whether a job is QLoRA over nf4 whose rows were rehearsed shared, in bf16 by Trainer."""
+    alike = knows_methods(job) and knows_optimizers(job) and is_plain(job)
+    return alike and job.method_name == "qlora" and job.quant is not None and job.quant.name == "nf4"
 
 
 def _knows_earlier_release(job: Job) -> bool:
