@@ -187,7 +187,8 @@ def key_of_step(job: "Job", compute_capability: str) -> StepKey:
             return key
     facts = facts_of(job, compute_capability)
     config = job.config and repr(vars(job.config))
-    described = (job.method and job.method.name, config, repr(job.quant), job.second_config, compute_capability)
+    told = str(job.adapter.get("task_type", ""))
+    described = (job.method and job.method.name, config, told, repr(job.quant), job.second_config, compute_capability)
     key = StepKey((*facts, id(job.architecture), *described, job.script, job.distributed, *BESIDE_SIZES(job.setup)))
     if len(_EQUAL) > COMPILED_KEPT:
         _EQUAL.clear()

@@ -109,6 +109,7 @@ TRAINING: dict[str, str] = {
     "--use-cache/--no-use-cache": "build a KV cache in training",
     "--keep-outputs/--drop-outputs": "keep the model's outputs alive through backward and step",
     "--clip-gradients/--no-clip-gradients": "clip the norm of the gradients before a step; default: as the trainer does",
+    "--narrow-tables/--no-narrow-tables": "cast the prepared embedding and head back to bf16, as earlier SFTTrainers; with nf4",
     "--keep-gradients/--drop-gradients": "keep gradients allocated between steps (zero_grad(set_to_none=False))",
 }
 PREFERENCES: dict[str, str] = {

@@ -131,6 +131,7 @@ JOBS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "trainer": "trl",
             "dtype": "fp32",
             "autocast": "fp16",
+            "adapter_dtype": "fp32",
             "quant": "nf4",
             **CHECKPOINTED,
             "batch_size": 2,

@@ -53,7 +53,7 @@ def test_a_word_is_no_field_of_any_method_and_means_an_option() -> None:
         (["--flash-attn", "disabled"], ["--attn-implementation", "eager"]),
         (["--gradient_checkpointing", "False"], ["--no-gradient-checkpointing"]),
         (["--use-gradient-checkpointing"], ["--gradient-checkpointing"]),
-        (["--finetuning-type", "full", "--fp16"], ["--method", "full", "--autocast", "fp16"]),
+        (["--finetuning-type", "full", "--bf16"], ["--method", "full", "--autocast", "bf16"]),
         (["--lora-target", "all", "--optimizer", "adamw_torch"], ["--target-modules", "all-linear", "--optim", "adamw_torch"]),
         (["--packing", "False", "--use_liger_kernel", "False"], []),
     ],

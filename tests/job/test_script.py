@@ -159,7 +159,8 @@ def test_the_trace_says_the_same_of_libraries_of_2024(method: str, reentrant: bo
 
 def test_what_libraries_of_2024_kept() -> None:
     """Of QLoRA with 4 layers of Mistral, 4 x 512 tokens. Tables: 2 x 8192 x 64 in bf16 in each layer. No checkpoint sees what
-    4-bit products keep: forward keeps their inputs in all layers. Norms are fp32, so q, k, v, gate and up each cast their own."""
+    4-bit products keep: forward keeps their inputs in all layers. Norms are fp32, so q, k, v, gate and up each cast their own.
+    bitsandbytes shared the code of its absmax, 256 x 4 bytes, among the seven weights of each layer."""
     config = MISTRAL | {"max_position_embeddings": 8192}
     job = {"method": "qlora", "attn_implementation": "flash_attention_2", "batch_size": 4, "seq_len": 512}
     now, tables, then = (
@@ -167,7 +168,7 @@ def test_what_libraries_of_2024_kept() -> None:
         for versions in ({}, {"transformers": "4.39.3"}, {"transformers": "4.39.3", "bitsandbytes": "0.43.1"})
     )
     assert tables.persistent_bytes - now.persistent_bytes == 4 * 2 * 8192 * 64 * 2
-    assert then.persistent_bytes == tables.persistent_bytes
+    assert then.persistent_bytes == tables.persistent_bytes - 4 * 7 * 1024
     assert tables.peaks is not None
     assert then.peaks is not None
     kept = 4 * (4 * 512) * (6 * 1024 + 2816) * 2
