@@ -74,7 +74,7 @@ def _knows_ulysses(job: Job, distributed: Distributed) -> bool:
 
 
 def _divides_nf4(job: Job) -> bool:
-    """Whether a job is QLoRA over nf4 whose rows were rehearsed shared, in bf16 by Trainer."""
+    """Whether a job is QLoRA over nf4 as Trainer runs it in bf16, three of which were rehearsed with shared rows."""
     alike = knows_methods(job) and knows_optimizers(job) and is_plain(job)
     return alike and job.method_name == "qlora" and job.quant is not None and job.quant.name == "nf4"
 

@@ -98,8 +98,10 @@ class UnknownModelError(UnknownNameError):
 
 
 def near_models(name: str, choices: Iterable[str] | None = None) -> list[str]:
-    """Built-in names that read like this one, of different models, best first."""
-    ordered = sorted(_short_names() if choices is None else choices, key=lambda each: (len(each), each))
+    """Names that read like this one, of different built-in models, best first: those of instruct models too."""
+    siblings = (sibling.rpartition("/")[2].lower() for entry in _entries() for sibling in entry.siblings)
+    names = {*(_short_names() if choices is None else choices), *(each for each in siblings if find(each))}
+    ordered = sorted(names, key=lambda each: (len(each), each))
     loose = {_loose(each): each for each in reversed(ordered)}
     alike = [loose[each] for each in nearest(_loose(name), list(reversed(loose)), most=4 * MOST_NEAR)]
     by_model: dict[ModelEntry | None, str] = {}

@@ -249,7 +249,8 @@ def _from_text(text: str) -> tuple[dict[str, object], str, str]:
     except (hub.UnreachableError, MissingExtraError) as error:
         if (config := config_by_name(text)) is None:
             near = catalogue.near_models(text.rpartition("/")[2])
-            error.args = (f"{error}; similar built-in names: {', '.join(near)}" if near else str(error),)
+            if near:
+                error.args = (f"{error}; similar built-in names: {', '.join(near)}",)
             raise
         return config, text, "built-in, by the repository's name: the Hub was not asked"
     source = f"Hub {text}" + (", from the local cache" if cached else "")

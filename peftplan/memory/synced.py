@@ -29,7 +29,7 @@ IN_FLIGHT = 2
 
 
 OF_PICTURES = "cross_attn"
-"""In the names of that (transformers, `MllamaCrossAttentionDecoderLayer`)."""
+"""In the names of what only layers that look at pictures have (transformers, `MllamaCrossAttentionDecoderLayer`)."""
 
 
 def flat_tensors(sizes: Iterable[tuple[str, int]]) -> tuple[int, ...]:

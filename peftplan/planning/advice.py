@@ -99,8 +99,8 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
 def _singles(job: Job, trials: Trials, before: Sizes, possible: Sequence[tuple[dict[str, object], int]]) -> list[Change]:
     """The single changes. Where a strategy has every layer run, which takes a tenth of a second for each change of 70B, those are
     left out that cannot save what is worth showing, those that do less than one that saves too little, and what does more of
-    the same as one that surely suffices. What saves of tokens alone is tried last: where they need too little to be worth it,
-    only if another change would leave room but for them.
+    the same as one that surely suffices. Changes that save only what grows with the tokens come last. Where that is too little to
+    be worth showing, they are tried only if another change leaves room for all but that.
     """
     if job.distributed is None or job.distributed.strategy not in EVERY_LAYER:
         return [change for options, price in possible if (change := tried(trials, before, options, price)) is not None]

@@ -184,11 +184,12 @@ def _dequantized(card: "Gpu", quant: QuantConfig | None) -> tuple[int, int] | No
 
 def _in_fp16(job: "Job") -> str:
     """The options of the same job in fp16, whose gradients are unscaled in fp32; nothing where what trains is in 16 bits then."""
-    setup = job.setup
-    if job.method is not None and job.method.name != "full" and setup.adapter_dtype != "fp32":
+    setup, adaptation = job.setup, job.adaptation
+    weights_train = bool(adaptation.trained) or any(tensor.trainable and tensor.dtype == "base" for tensor in adaptation.added)
+    if not weights_train and setup.adapter_dtype != "fp32":
         return ""
     also = " --compute-dtype fp16" if setup.compute_dtype == "bf16" else ""
-    return f" (--dtype {'fp32' if job.method is None or job.method.name == 'full' else 'fp16'} --autocast fp16{also})"
+    return f" (--dtype {'fp32' if weights_train else 'fp16'} --autocast fp16{also})"
 
 
 def _notes(card: "Gpu", job: "Job") -> Iterator[str]:

@@ -110,6 +110,7 @@ def test_patterns() -> None:
 def test_an_unknown_name_says_what_is_near_and_what_is_accepted() -> None:
     error = catalogue.unknown("lama-2-70b")
     assert "did you mean llama-2-70b" in str(error)
+    assert "did you mean llama-3.1-8b-instruct " in str(catalogue.unknown("llama-3.1-8b-instructt"))
     assert "did you mean Qwen/Qwen3-8B?" in str(catalogue.unknown("https://huggingface.co/Qwen/Qwen3-8B/tree/main"))
     assert "Hub id" in str(error)
     assert "path" in str(error)

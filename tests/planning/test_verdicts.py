@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -78,6 +79,9 @@ def test_verdicts_subtract_what_they_show() -> None:
     [
         ("t4", {}, "t4: no bf16 in hardware: torch emulates it, slowly (--dtype fp16 --autocast fp16)"),
         ("t4", {"method": "full"}, "slowly (--dtype fp32 --autocast fp16)"),
+        ("t4", {"method": "bitfit", "model": "gpt2"}, "slowly (--dtype fp32 --autocast fp16)"),
+        ("t4", {"method": "ln-tuning"}, "slowly (--dtype fp32 --autocast fp16)"),
+        ("t4", {"modules_to_save": ["lm_head"]}, "slowly (--dtype"),
         ("t4", {"adapter_dtype": "bf16"}, "emulates it, slowly"),
         ("t4", {"dtype": "fp16", "autocast": "fp16"}, None),
         ("a100-80gb", {}, None),
@@ -92,14 +96,14 @@ def test_verdicts_subtract_what_they_show() -> None:
         ("24GiB", {}, None),
     ],
 )
-def test_what_a_card_does_otherwise_is_said(gpu: str, options: dict[str, str], expected: str | None) -> None:
-    notes = [note for note in estimate("llama-2-7b", gpu=gpu, **options).assumptions["notes"] if note.startswith(gpu)]
+def test_what_a_card_does_otherwise_is_said(gpu: str, options: dict[str, Any], expected: str | None) -> None:
+    job = {"model": "llama-2-7b", "gpu": gpu, **options}
+    notes = [note for note in estimate(**job).assumptions["notes"] if note.startswith(gpu)]
     assert [note for note in notes if expected is None or expected not in note] == []
     assert bool(notes) == (expected is not None)
     for note in notes:
         if named := re.search(r"--dtype (\w+) --autocast (\w+)", note):
-            in_fp16 = {**options, "dtype": named[1], "autocast": named[2]}
-            assert estimate("llama-2-7b", gpu=gpu, **in_fp16).peaks is not None
+            assert estimate(**job | {"dtype": named[1], "autocast": named[2]}).peaks is not None
 
 
 @pytest.mark.parametrize(

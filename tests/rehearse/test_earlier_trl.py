@@ -18,9 +18,10 @@ ROWS = read(Path(__file__).with_name("earlier_trl.jsonl"))
 def test_tables_go_back_to_16_bits(row: dict[str, Any]) -> None:
     result = peftplan.estimate(row["model"], script=peftplan.Script(transformers=row["transformers"]), **row["options"])
     assert result.peaks is not None
-    assert result.peaks.allocated == pytest.approx(row["allocated"], rel=0.006)
+    near = 0.006 if row["model"].startswith("tinyllama") else 0.0003  # tails of its blocks
+    assert result.peaks.allocated == pytest.approx(row["allocated"], rel=near)
     assert (result.peaks.reserved is None) is bool(row["options"].get("narrow_tables"))
-    assert result.peaks.by_phase["load"] == pytest.approx(row["by_phase"]["load"], rel=0.01)
+    assert result.peaks.by_phase == {phase: pytest.approx(nbytes, rel=0.01) for phase, nbytes in row["by_phase"].items()}
 
 
 def test_tables_go_back_over_4_bits_under_bf16_alone() -> None:
