@@ -95,6 +95,7 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
         value = launch.get(fact, any(key.startswith(f"{fact}.") for key in launch))
         if word(value) not in ("none", "false", "1", "-1", "", "0"):
             result.unsupported[fact] = Unsupported(value, f"{what} over several GPUs", "unknown")
+    _groups(result, launch)
     if result.options.get("strategy") not in (None, "ddp") and "gpus" not in result.options:
         result.options["gpus"] = ASSUMED_GPUS
         result.assumed["gpus"] = f"the launcher decides; {ASSUMED_GPUS} are assumed"
@@ -103,6 +104,31 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
     if result.options.get("gpus") == 1 and "nodes" not in result.options and result.options.get("strategy") in without_effect:
         result.options.pop("strategy", None)
     return result
+
+
+def _groups(result: Launched, launch: Mapping[str, object]) -> None:
+    """Ranks that shard a model, and copies of it: together all processes (axolotl 0.19.0, utils/distributed.py:319).
+
+    1 is as if it were not said. Without FSDP copies are those of DDP.
+    """
+    sizes = {name: size for name in ("dp_shard_size", "dp_replicate_size") if isinstance(size := launch.get(name), int) and size > 1}
+    strategy = str(result.options.get("strategy"))
+    if not sizes or not (strategy.startswith("fsdp") or "dp_shard_size" in sizes):
+        return
+    key, size = next(iter(sizes.items()))
+    if strategy != "fsdp2":
+        result.unsupported[key] = Unsupported(size, "axolotl and accelerate raise ValueError without FSDP of version 2", "unknown")
+        return
+    shards, copies = sizes.get("dp_shard_size"), sizes.get("dp_replicate_size")
+    said = "gpus" in result.options
+    world = int(str(result.options.get("gpus", ASSUMED_GPUS))) * int(str(result.options.get("nodes", 1)))
+    if not said and shards:
+        result.options["gpus"] = world = shards * (copies or 1)
+        result.assumed["gpus"] = f"the launcher decides; {world}, which its groups need, are assumed"
+    if world % (shards or 1) or world % (copies or 1) or (shards and copies and shards * copies != world):
+        result.unsupported[key] = Unsupported(size, f"the tool raises ValueError: its groups do not fill the {world} GPUs", "unknown")
+    else:
+        result.options["dp_shard_size"] = shards or world // int(str(copies))
 
 
 def _processes(result: Launched, tool: str, launch: Mapping[str, object], environment: Mapping[str, str]) -> None:

@@ -391,3 +391,22 @@ def test_another_strategy_on_the_command_line_wins_over_the_file(strategy: str, 
     assert distributed is not None
     stated = {name for name in kept | left_out if name in distributed.strategy.model_fields_set}
     assert (distributed.strategy.strategy, stated) == (strategy, kept)
+
+
+FSDP2 = {"fsdp_version": 2, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "world", "shards"),
+    [({"dp_shard_size": 2}, 2, 2), ({"dp_shard_size": 2, "dp_replicate_size": 4}, 8, 2), ({"dp_replicate_size": 2}, 8, 4)],
+)
+def test_axolotls_groups_share_a_model(sizes: dict[str, int], world: int, shards: int) -> None:
+    """What axolotl's `_get_parallel_config_kwargs` returns for these worlds; the sizes were left out, and 8 ranks shared it."""
+    plan = read_values({**AXOLOTL, **FSDP2, **sizes}, file="a.yml")
+    assert plan.options["dp_shard_size"] == shards
+    assert plan.options.get("gpus", 8) == world
+
+
+@pytest.mark.parametrize("wrong", [{"dp_shard_size": 2, "fsdp_version": 1}, {"dp_replicate_size": 3}])
+def test_groups_that_axolotl_refuses(wrong: dict[str, int]) -> None:
+    assert set(wrong) & set(read_values({**AXOLOTL, **FSDP2, **wrong}, file="a.yml").unsupported)
