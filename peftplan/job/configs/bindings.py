@@ -6,7 +6,21 @@ import ast
 
 from peftplan.job.configs.instances import UNKNOWN, one_of
 
-MUTATORS = ("append", "extend", "insert", "remove", "pop", "clear", "update", "popitem", "sort", "reverse", "add", "discard")
+MUTATORS = (
+    "append",
+    "extend",
+    "insert",
+    "remove",
+    "pop",
+    "clear",
+    "update",
+    "popitem",
+    "sort",
+    "reverse",
+    "add",
+    "discard",
+    "__setitem__",
+)
 """Methods that change a list, a dictionary or a set."""
 
 

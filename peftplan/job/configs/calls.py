@@ -13,9 +13,9 @@ from peftplan.job.configs.doubts import Doubts
 from peftplan.job.configs.expressions import text_of
 from peftplan.job.configs.functions import (
     bound_elsewhere,
+    constructors_of,
     default_values,
     functions_of,
-    grown_outside,
     overwritten_in,
     parameters,
     passed,
@@ -89,6 +89,7 @@ class Calls(DataFiles):
         self.overwritten: set[ast.AST] = earlier.overwritten if earlier else overwritten_in(statements)
         """Functions that another one takes the place of."""
         self.functions = earlier.functions if earlier else functions_of(nodes, self.overwritten)
+        self.constructors = earlier.constructors if earlier else constructors_of(nodes)
         self.passed: set[str] = earlier.passed if earlier else passed(nodes, self.functions)
         self.ran_before: dict[str, bool] = earlier.ran if earlier else {}
         self.ran: dict[str, bool] = {}
@@ -162,9 +163,7 @@ class Calls(DataFiles):
                     self.names.pop(name)
         super().visit_Lambda(node)
         self._restore(before, before)
-        for each in ast.walk(node.body):
-            if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.func.attr in MUTATORS:
-                self._changed(each.func.value)
+        self._changed_in(node.body)
 
     def visit_Call(self, node: ast.Call) -> None:
         """A call, if its name is one of those that matter; what it is called with stands before it."""
@@ -313,20 +312,13 @@ class Calls(DataFiles):
         function = name.rpartition(".")[2]
         called = self.functions.get(function)
         if called is None:
+            if self.taken and (made := self.constructors.get(function)) is not None:
+                self._note_changed(made, node)
             return
         self.ran[function] = self.ran.get(function, False) or self.taken
         if not self.taken:
             return
-        for outside in grown_outside(called, MUTATORS):
-            self._forget(outside)
-        positional = [each.arg for each in (*called.args.posonlyargs, *called.args.args)]
-        named = positional[1:] if positional[:1] in (["self"], ["cls"]) else positional
-        for argument, parameter in [
-            *zip(node.args, [*named, *[None] * len(node.args)], strict=False),
-            *((keyword.value, keyword.arg) for keyword in node.keywords),
-            *([(node.func.value, positional[0])] if isinstance(node.func, ast.Attribute) and named != positional else []),
-        ]:
-            self._changed_by(called, argument, parameter)
+        positional, named = self._note_changed(called, node)
         if named == positional and "." in name and called in self.statements:
             return
         unknown = any(isinstance(each, ast.Starred) for each in node.args) or any(each.arg is None for each in node.keywords)

@@ -6,7 +6,7 @@ import ast
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from peftplan.job.configs.bindings import common, leaves, own_names
+from peftplan.job.configs.bindings import MUTATORS, common, leaves, own_names
 from peftplan.job.configs.expressions import Expressions
 from peftplan.job.configs.instances import MOST_VALUES, Instance, contains, plain, size
 
@@ -187,6 +187,7 @@ class Flow(ast.NodeVisitor, Expressions):
     def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp) -> None:
         """An expression with names of its own, unknown in it."""
         self._apart(node)
+        self._changed_in(node)
 
     visit_SetComp = visit_GeneratorExp = visit_DictComp = visit_ListComp
 
@@ -287,13 +288,15 @@ class Flow(ast.NodeVisitor, Expressions):
 
     def _changed(self, mapping: ast.expr) -> None:
         """A list, a dictionary or an object that holds something else from here on."""
+        of_a_part = isinstance(mapping, ast.Subscript)
         while isinstance(mapping, (ast.Subscript, ast.Call)):
             if isinstance(mapping, ast.Call) and mapping.args and ast.unparse(mapping.func) == "vars":
                 self._note_unseen(mapping.args[0])
             mapping = mapping.value if isinstance(mapping, ast.Subscript) else mapping.func
         if isinstance(mapping, ast.Name):
-            self._forget(mapping.id)
+            self._forget(mapping.id, of_a_part=of_a_part)
         elif isinstance(mapping, ast.Attribute):
+            self._forget_values(self.value(mapping), of_a_part=of_a_part)
             if mapping.attr == "__dict__":
                 self._note_unseen(mapping.value)
             self._write(mapping, f"<{mapping.attr}>")
@@ -301,12 +304,24 @@ class Flow(ast.NodeVisitor, Expressions):
     def _note_unseen(self, changed: ast.expr) -> None:
         """An object that the program changes in a way that its text does not tell."""
 
-    def _forget(self, name: str) -> None:
-        """A name whose object changed, and all others of the same one, or of one that it is a part of."""
-        changed = self.names.pop(name, None)
+    def _changed_in(self, node: ast.AST) -> None:
+        """What the methods that an expression calls change."""
+        for each in ast.walk(node):
+            if isinstance(each, ast.Call) and isinstance(each.func, ast.Attribute) and each.func.attr in MUTATORS:
+                self._changed(each.func.value)
+
+    def _forget(self, name: str, *, of_a_part: bool = False) -> None:
+        """A name whose object changed, and all others of the same one."""
+        self._forget_values(self.names.pop(name, None), of_a_part=of_a_part)
+
+    def _forget_values(self, changed: object, *, of_a_part: bool) -> None:
+        """All names of an object that changed, or of one that it is a part of; of its parts too where one of them changed."""
         if isinstance(changed, (list, dict)):
-            for other in [other for other, value in self.names.items() if contains(value, changed)]:
-                self.names.pop(other)
+            others = [other for other, value in self.names.items() if contains(value, changed)]
+            inside = of_a_part and [name for name, value in self.names.items() if isinstance(value, (list, dict))]
+            others += [name for name in inside or () if contains(changed, self.names[name])]
+            for other in others:
+                self.names.pop(other, None)
 
     def _write(self, target: ast.Attribute, value: object) -> None:
         """Let an attribute hold a value: of the object behind a name where that is known, and of whatever has the attribute."""

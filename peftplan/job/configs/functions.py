@@ -28,6 +28,28 @@ def functions_of(nodes: list[ast.AST], overwritten: Collection[ast.AST]) -> Func
     return functions
 
 
+def constructors_of(nodes: list[ast.AST]) -> dict[str, Function]:
+    """Class of the program → its `__init__`, or the one that it inherits from another class of the program."""
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    own: dict[str, Function] = {
+        name: each
+        for name, node in classes.items()
+        for each in node.body
+        if isinstance(each, ast.FunctionDef) and each.name == "__init__"
+    }
+    for _ in classes:
+        inherited = {
+            name: own[base]
+            for name, node in classes.items()
+            for base in map(ast.unparse, node.bases)
+            if name not in own and base in own
+        }
+        own |= inherited
+        if not inherited:
+            break
+    return own
+
+
 def overwritten_in(block: Sequence[ast.stmt]) -> set[ast.AST]:
     """Functions of a module or class that nothing calls before another one of the same name is defined, and of classes in it."""
     overwritten: set[ast.AST] = set()
@@ -152,12 +174,25 @@ def _holding(function: Function, parameter: str) -> set[str]:
             value = getattr(each, "iter", getattr(each, "value", None))
             if isinstance(each, BINDING) and _mentions(value, names):
                 targets = each.targets if isinstance(each, ast.Assign) else [each.target]
-                names |= {one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)}
+                names |= {name for target in targets for one in _targets(target) if (name := _dotted(one))}
     return names
 
 
+def _targets(node: ast.expr) -> list[ast.expr]:
+    """What an assignment binds, one by one; of `held["a"]` what holds it."""
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return [one for each in node.elts for one in _targets(each)]
+    return _targets(node.value) if isinstance(node, (ast.Subscript, ast.Starred)) else [node]
+
+
+def _dotted(node: ast.AST) -> str:
+    """`self.settings` of an attribute of a name, and a name; nothing of other expressions."""
+    of_name = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    return ast.unparse(node) if of_name else node.id if isinstance(node, ast.Name) else ""
+
+
 def _mentions(node: ast.AST | None, names: Collection[str]) -> bool:
-    return node is not None and any(isinstance(each, ast.Name) and each.id in names for each in ast.walk(node))
+    return node is not None and any(_dotted(each) in names for each in ast.walk(node))
 
 
 def names_quantized_layers(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:

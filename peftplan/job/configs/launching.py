@@ -111,13 +111,17 @@ def _groups(result: Launched, launch: Mapping[str, object]) -> None:
 
     1 is as if it were not said. Without FSDP copies are those of DDP.
     """
-    sizes = {name: size for name in ("dp_shard_size", "dp_replicate_size") if isinstance(size := launch.get(name), int) and size > 1}
+    sizes = {
+        name: size for name in ("dp_shard_size", "dp_replicate_size") if isinstance(size := launch.get(name), int) and size > 1
+    }
     strategy = str(result.options.get("strategy"))
     if not sizes or not (strategy.startswith("fsdp") or "dp_shard_size" in sizes):
         return
     key, size = next(iter(sizes.items()))
     if strategy != "fsdp2":
-        result.unsupported[key] = Unsupported(size, "axolotl and accelerate raise ValueError without FSDP of version 2", "unknown")
+        result.unsupported[key] = Unsupported(
+            size, "axolotl and accelerate raise ValueError without FSDP of version 2", "unknown"
+        )
         return
     shards, copies = sizes.get("dp_shard_size"), sizes.get("dp_replicate_size")
     said = "gpus" in result.options
@@ -126,7 +130,9 @@ def _groups(result: Launched, launch: Mapping[str, object]) -> None:
         result.options["gpus"] = world = shards * (copies or 1)
         result.assumed["gpus"] = f"the launcher decides; {world}, which its groups need, are assumed"
     if world % (shards or 1) or world % (copies or 1) or (shards and copies and shards * copies != world):
-        result.unsupported[key] = Unsupported(size, f"the tool raises ValueError: its groups do not fill the {world} GPUs", "unknown")
+        result.unsupported[key] = Unsupported(
+            size, f"the tool raises ValueError: its groups do not fill the {world} GPUs", "unknown"
+        )
     else:
         result.options["dp_shard_size"] = shards or world // int(str(copies))
 

@@ -6,8 +6,9 @@ import ast
 from typing import cast
 
 from peftplan.job.configs.assignments import Assignments
+from peftplan.job.configs.bindings import MUTATORS
 from peftplan.job.configs.documents import Call, Values
-from peftplan.job.configs.functions import Functions, changes, fields_written_by
+from peftplan.job.configs.functions import Function, Functions, changes, fields_written_by, grown_outside
 from peftplan.job.configs.instances import Instance, plain
 from peftplan.job.configs.order import trains
 
@@ -33,6 +34,8 @@ class Objects(Assignments):
         """Class of the program → its fields' defaults."""
         self.functions: Functions = {}
         """Functions of the program by their names."""
+        self.constructors: dict[str, Function] = {}
+        """Class of the program → its `__init__`."""
 
     def _note_written(self, target: ast.Attribute, value: object) -> None:
         """A field of a class, or of settings."""
@@ -82,7 +85,7 @@ class Objects(Assignments):
         value = self.value(node) if isinstance(node, (ast.Name, ast.Call, ast.Attribute)) else None
         return value if isinstance(value, Instance) else None
 
-    def _changed_by(self, function: ast.FunctionDef | ast.AsyncFunctionDef, argument: ast.expr, parameter: str | None) -> None:
+    def _changed_by(self, function: Function, argument: ast.expr, parameter: str | None) -> None:
         """What a function of the program writes to the fields or items of its argument."""
         value = self.names.get(argument.id) if isinstance(argument, ast.Name) else None
         if isinstance(value, Instance) and value.made_by:
@@ -94,3 +97,19 @@ class Objects(Assignments):
                 self.names[cast("ast.Name", argument).id] = value.with_fields(written)
         elif isinstance(value, (list, dict)) and (parameter is None or changes(function, parameter, self.functions)):
             self._changed(argument)
+
+    def _note_changed(self, called: Function, node: ast.Call) -> tuple[list[str], list[str]]:
+        """What a function of the program changes; its parameters, and those that a call's arguments are for."""
+        for outside in grown_outside(called, MUTATORS):
+            self._forget(outside)
+        positional = [each.arg for each in (*called.args.posonlyargs, *called.args.args)]
+        named = positional[1:] if positional[:1] in (["self"], ["cls"]) else positional
+        for argument, parameter in [
+            *zip(node.args, [*named, *[None] * len(node.args)], strict=False),
+            *((keyword.value, keyword.arg) for keyword in node.keywords),
+            *([(node.func.value, positional[0])] if isinstance(node.func, ast.Attribute) and named != positional else []),
+        ]:
+            for each in [argument.value] if isinstance(argument, ast.Starred) else [argument]:
+                for one in each.elts if isinstance(each, (ast.List, ast.Tuple)) else [each]:
+                    self._changed_by(called, one, None if isinstance(argument, ast.Starred) else parameter)
+        return positional, named
