@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Collection
 
-from peftplan.job.configs.documents import Values
+from peftplan.job.configs.documents import ALLOCATOR, Values
 from peftplan.job.configs.flow import Flow
 from peftplan.job.configs.instances import Instance, plain
 
@@ -20,6 +20,8 @@ class Assignments(Flow):
         super().__init__()
         self.environment: Values = {}
         """Environment variables that the program sets, by name."""
+        self.of_allocator: dict[str, str] = {}
+        """Those of torch's allocator, likewise."""
         self.elsewhere: set[str] = set()
         """Global names that a function binds."""
 
@@ -100,6 +102,13 @@ class Assignments(Flow):
             self.variables.add(str(name))
         if self.taken and ast.unparse(mapping).endswith("environ") and str(name).startswith(SETTINGS):
             self.environment[str(name)] = self.value(value)
+        if (
+            self.taken
+            and ast.unparse(mapping).endswith("environ")
+            and name in ALLOCATOR
+            and not (absent and name in self.of_allocator)
+        ):
+            self.of_allocator[str(name)] = str(self.value(value))
         owner = self.value(mapping)
         known = owner if isinstance(owner, dict) and not isinstance(owner, Instance) else None
         if known is None or not isinstance(mapping, ast.Name) or not isinstance(name, str) or not plain(name):

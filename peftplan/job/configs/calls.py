@@ -7,7 +7,6 @@ import contextlib
 
 from peftplan.job.configs.bindings import MUTATORS
 from peftplan.job.configs.classes import EVERY
-from peftplan.job.configs.data_files import DataFiles
 from peftplan.job.configs.documents import Call, Values
 from peftplan.job.configs.doubts import Doubts
 from peftplan.job.configs.expressions import text_of
@@ -25,6 +24,7 @@ from peftplan.job.configs.instances import UNKNOWN, Instance, plain
 from peftplan.job.configs.objects import COPIES
 from peftplan.job.configs.order import trains, used_through
 from peftplan.job.configs.parsers import PARSERS, PARSING
+from peftplan.job.configs.reader_functions import ReaderFunctions
 
 WANTED = (
     "Config",
@@ -55,7 +55,7 @@ Arguments = dict[str, dict[str, list[tuple[object, set[str]]]]]
 """Function → parameter → what each call gives it, and the options of the command line whose defaults that holds."""
 
 
-class Calls(DataFiles):
+class Calls(ReaderFunctions):
     """The calls in the order of the text, with the values of their arguments.
 
     `environment`: variables of packages that the program sets, by their names. `command`: options of the command that runs the
@@ -285,8 +285,10 @@ class Calls(DataFiles):
         if name.endswith(WANTED):
             return Instance(made_by=[node])
         called = self.functions.get(name.removeprefix("self."))
-        if called is not None and (returned := self.returned(called)) is not UNKNOWN:
-            return returned
+        if called is not None:
+            for returned in (self.of_one_call(called, node), self.returned(called)):
+                if returned is not UNKNOWN:
+                    return returned
         of = self.itself(node)
         return super()._call(node) if of is None else of
 

@@ -23,6 +23,8 @@ PARSED = {"parse_dict": None, "parse_yaml_file": read_yaml, "parse_json_file": r
 """Methods of transformers' parser that take settings from elsewhere than the command line → how their file is read."""
 PATHS = ("open", "Path", "abspath", "realpath", "expanduser", "dirname", "join")
 """Last names of functions that take paths."""
+UNCHANGED = ("resolve", "absolute", "expanduser")
+"""Methods of a path that lead to the same file."""
 OPENED = "<opened>"
 """The field of an open file, or of its text, that holds its path."""
 MOST_ABOVE = 6
@@ -73,7 +75,8 @@ class DataFiles(Parsers):
     def _call(self, node: ast.Call) -> object:
         name = self.name_of(node.func)
         last = name.rpartition(".")[2]
-        is_of_path = last in PATHS and (last != "join" or name.endswith("path.join"))
+        is_method = last == "open" and isinstance(node.func, ast.Attribute)  # `path.open("r")`
+        is_of_path = last in PATHS and (last != "join" or name.endswith("path.join")) and not is_method
         if is_of_path and node.args and all(map(_is_path, values := [self.value(each) for each in node.args])):
             path = str(values[0])
             if last == "open":
@@ -85,12 +88,12 @@ class DataFiles(Parsers):
             read = next((each for end, each in READERS.items() if name == end or name.endswith(f".{end}")), None)
             if read is not None and (content := self._content_of(node.args[0], read)) is not None:
                 return _objects(content) if name.endswith("OmegaConf.load") else content
-        if isinstance(node.func, ast.Attribute) and last in ("open", "read", "read_text", "resolve", "absolute"):
+        if isinstance(node.func, ast.Attribute) and last in (*UNCHANGED, "open", "read", "read_text"):
             owner = self.value(node.func.value)
             if last == "read" and isinstance(owner, Instance) and OPENED in owner:
                 return owner
             if last != "read" and _is_path(owner):
-                return owner if last in ("resolve", "absolute") else Instance({OPENED: owner})
+                return owner if last in UNCHANGED else Instance({OPENED: owner})
         return super()._call(node)
 
     def _of_settings(self, node: ast.Call, read: Callable[..., Document] | None) -> list[object] | None:
@@ -123,6 +126,10 @@ class DataFiles(Parsers):
                 return os.path.join(str(left), str(right))
         if isinstance(node, ast.Attribute) and node.attr == "parent" and _is_path(owner := self.value(node.value)):
             return os.path.dirname(str(owner))
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Attribute) and node.value.attr == "parents":
+            owner, above = self.value(node.value.value), self.value(node.slice)
+            if _is_path(owner) and isinstance(above, int) and 0 <= above < MOST_ABOVE:
+                return os.path.normpath(os.path.join(str(owner), *[os.pardir] * (above + 1)))
         return super()._plain(node)
 
     def _content(self, path: str, read: Callable[..., Document]) -> Values | None:

@@ -22,6 +22,8 @@ MOST_NODES = 10_000
 MOST_DEPTH = 50
 CELL = 1_000_000
 """How far the lines of two cells of a notebook are apart, which begin at this times the cell's number."""
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables with options of torch's allocator."""
 JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]:\n]')
 NUMBER = re.compile(r"[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+")
 """Numbers that YAML 1.1, and so PyYAML, takes for text: `1e-5`. Tools convert them by the type of the field."""

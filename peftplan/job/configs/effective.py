@@ -8,7 +8,7 @@ from math import prod
 
 from peftplan.arch import catalogue
 from peftplan.job.configs.detect import runs
-from peftplan.job.configs.documents import Document, FileError, Values, word
+from peftplan.job.configs.documents import ALLOCATOR, Document, FileError, Values, word
 from peftplan.job.configs.facts import Facts
 from peftplan.job.configs.tool_file import Accepted, Product, Setting
 from peftplan.job.repositories import copied_model
@@ -39,6 +39,12 @@ class Effective:
         call = str(self.values.get(f"{kind}.call"))
         lines = self.document.lines
         return next((lines[each] for each in (key, f"{call}.{name}", call) if each in lines), self.document.line)
+
+    def grows_segments(self) -> bool | None:
+        """Whether the environment lets segments of torch's allocator grow; None where it does not say so."""
+        said = (re.search(r"expandable_segments: *(\w+)", self.document.environment.get(name, "")) for name in ALLOCATOR)
+        words = [found[1].lower() for found in said if found]
+        return words[0] == "true" if words else None
 
     def of(self, key: str) -> object:
         """The value of a key; the names of its keys where it is a mapping."""

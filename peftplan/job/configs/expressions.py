@@ -28,6 +28,8 @@ COMPARED: Mapping[type[ast.cmpop], Callable[..., bool]] = {
 CASTS: Mapping[str, Callable[..., object]] = {
     "int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": list, "len": len,
 }  # fmt: skip
+KINDS: Mapping[str, type] = {"str": str, "dict": dict, "bool": bool}
+"""Classes of which a value is surely one, or surely not: lists stand for tuples too."""
 DTYPE = re.compile(r"<torch\.(bfloat16|half|double|bool|u?int\d+|float\w*)>")
 FLOATING = re.compile(r"<torch\.(bfloat16|half|double|float\w*)>")
 NAMED_TWICE = {"half": "<torch.float16>", "float": "<torch.float32>", "double": "<torch.float64>"}
@@ -204,6 +206,9 @@ class Expressions:
         if called == "dict" and not values:
             keys = [None if each.arg is None else ast.Constant(each.arg) for each in node.keywords]
             return self._items(ast.Dict(list[ast.expr | None](keys), [each.value for each in node.keywords]))
+        if called == "isinstance" and len(values) == 2 and plain(values[0]) and not isinstance(values[0], str):
+            kind = KINDS.get(ast.unparse(node.args[1]))  # a text may stand for a path
+            return node if kind is None else isinstance(values[0], kind)
         if called in CASTS and len(values) == 1 and not node.keywords and plain(values[0]):
             cast_value = CASTS[called](values[0])
             return cast_value if not isinstance(cast_value, str) or len(cast_value) <= LONGEST else node
@@ -238,6 +243,10 @@ class Expressions:
         text = ast.unparse(test)
         if text.rpartition(".")[2] in [f"{name}()" for name in BF16] or CAPABLE.fullmatch(text):
             return True
+        if isinstance(test, ast.BoolOp):
+            decides = isinstance(test.op, ast.Or)
+            if any(self._truth(each) is decides for each in test.values):
+                return decides
         value = self.value(test)
         return bool(value) if plain(value) and not _is_flag_of_torch(value) else None
 

@@ -194,4 +194,6 @@ def _document(reader: Calls, file: str) -> Document:
         of_call = {call["call"]: node, **{f"{call['call']}.{name}": value for name, value in nodes.items()}}
         numbers = {name: getattr(each, "lineno", None) for name, each in of_call.items()}
         lines |= {name: number for name, number in numbers.items() if number is not None and name not in lines}
-    return Document({"calls": calls + reader.lengths + settings + weights}, lines, "calls", unread=reader.unread())
+    return Document({"calls": calls + reader.lengths + settings + weights}, lines, "calls", unread=reader.unread())._replace(
+        environment=reader.of_allocator
+    )

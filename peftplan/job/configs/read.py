@@ -192,6 +192,7 @@ def _of_program(command: Document, file: str) -> ConfigPlan | None:
     if tool == "other":
         return None
     environment = {**environment, **command.environment}
+    environment = {**environment, **document.environment}
     document = document._replace(environment=environment, assumed={**document.assumed, **command.assumed})
     plan = joined([plan_of(document, facts(tool), file=path), *launch_files])
     unread = {word: Unsupported(words[word], NOT_READ, "unknown") for word in document.unread}

@@ -57,6 +57,10 @@ def read_all(document: Document, tool: Facts, *, file: str, instead: Mapping[str
     for rule in tool.rules:
         reading.rule(rule)
     reading.refuse_unknown_names()
+    mode = reading.options.get("vllm_mode", reading.effective.of("vllm_mode"))
+    beside_vllm = mode == "colocate" and reading.options.get("use_vllm") is not False  # ms-swift 4.6.0, rollout_mixin.py:1212
+    if (grows := reading.effective.grows_segments()) is not None and not beside_vllm:
+        reading.options.setdefault("expandable_segments", grows)
     return reading
 
 

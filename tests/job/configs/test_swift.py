@@ -674,7 +674,7 @@ def test_a_distillation_with_labels_keeps_their_log_probabilities() -> None:
     [
         ("expandable_segments:True", None, True),
         ("max_split_size_mb:512,expandable_segments:True", "server", True),
-        ("expandable_segments:False", None, None),
+        ("expandable_segments:False", None, False),
         ("expandable_segments:True", "colocate", None),  # ms-swift turns it off before vLLM wakes (rollout_mixin.py:1212)
     ],
 )
