@@ -80,7 +80,9 @@ class Document(NamedTuple):
     assumed: Mapping[str, str] = {}
     """What is assumed of a script that has branches or several commands."""
     installs: str = ""
-    """The releases that a notebook's lines for the shell install: `transformers==4.56.2 trl==0.22.2`."""
+    """The releases that a notebook's lines for the shell install, or a script requires: `transformers==4.56.2 trl==0.22.2`."""
+    saved_from: str = ""
+    """How the notebook ends that was saved as this script: `.ipynb`, or `.marimo`."""
     unread: tuple[str, ...] = ()
     """Options of the command that runs a program which the program is not seen to read."""
     chosen: Mapping[str, object] = {}

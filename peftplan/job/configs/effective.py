@@ -63,7 +63,7 @@ class Effective:
         if key == "program":
             return not self.document.program if accepted == "unset" else runs(self.document.program, map(str, accepted))
         if key == "file":
-            return any(self._equal(self.file, each) for each in accepted)
+            return any(self._equal(self.file + self.document.saved_from, each) for each in accepted)
         if key == "header":
             return any(self._equal(self.document.comments, each) for each in accepted)
         if key == "installs":

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 
 from peftplan import files
 from peftplan.errors import InputError
+from peftplan.job.configs import saved_notebooks
 from peftplan.job.configs.assignments import SETTINGS
 from peftplan.job.configs.calls import Calls
 from peftplan.job.configs.data_files import MOST_ABOVE
@@ -46,15 +47,29 @@ def of_notebook(text: str, *, file: str) -> Document:
         sources = {at: "".join(cell["source"]) for at, cell in enumerate(cells, 1) if cell["cell_type"] == "code"}
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BrokenFileError(file, None, "not a notebook; accepted: JSON with cells") from None
-    settings = {name: value for source in sources.values() for name, value in MAGIC.findall(source)}
     trees = []
     for number, source in sources.items():
-        with contextlib.suppress(*UNREADABLE):
-            trees += [ast.increment_lineno(each, number * CELL) for each in ast.parse(_without_magics(source)).body]
-    joined = (source.replace("\\\n", " ") for source in sources.values())
-    lines = (line for source in joined for line in source.splitlines() if line.lstrip().startswith(("!", "%pip")))
-    installs = " ".join(_installed(lines))
-    return _document(_read(trees, settings, file), file)._replace(installs=installs)
+        trees += [ast.increment_lineno(each, number * CELL) for each in _cell(source)]
+    source = "\n".join(sources.values())
+    return _document(_read(trees, _settings(source), file), file)._replace(installs=" ".join(_installed(_commands(source))))
+
+
+def _cell(source: str) -> list[ast.stmt]:
+    """The statements of a cell; none if it is no Python."""
+    with contextlib.suppress(*UNREADABLE):
+        return ast.parse(_without_magics(source)).body
+    return []
+
+
+def _settings(source: str) -> dict[str, object]:
+    """What a notebook's lines set in the environment."""
+    return dict(MAGIC.findall(source))
+
+
+def _commands(source: str) -> Iterator[str]:
+    """A notebook's lines for the shell."""
+    lines = source.replace("\\\n", " ").splitlines()
+    return (line for line in lines if line.lstrip().startswith(("!", "%pip")))
 
 
 def _installed(lines: Iterable[str]) -> Iterator[str]:
@@ -103,7 +118,13 @@ def of_script(text: str, *, file: str, command: Values | None = None, variables:
         why = str(error) or "expressions are nested too deeply"
         raise BrokenFileError(file, getattr(error, "lineno", None), f"not Python: {why}") from None
     comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-    return _document(_read(_with_modules(tree.body, file), {}, file, command, variables), file)._replace(comments=comments)
+    inside, cells = saved_notebooks.without_cells(tree.body), saved_notebooks.magics_of(text)
+    magics = "\n".join(cells)
+    statements = [*(each for cell in cells for each in _cell(cell)), *_with_modules(inside, file)]
+    document = _document(_read(statements, _settings(magics), file, command, variables), file)
+    installs = " ".join(_installed([*saved_notebooks.dependencies(text), *_commands(magics)]))
+    saved_from = ".marimo" if len(inside) > len(tree.body) else ".ipynb" if cells else ""
+    return document._replace(comments=comments, installs=installs, saved_from=saved_from)
 
 
 def _with_modules(statements: list[ast.stmt], file: str) -> list[ast.stmt]:
