@@ -206,9 +206,8 @@ def adapter(job: argparse.Namespace) -> Any:
 
 
 def _loraplus(job: argparse.Namespace, model: Any) -> Any:
-    return create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, fused=job.optim == "adamw_torch_fused"
-    )
+    fused = {} if job.optim == "adamw_torch" else {"fused": True}  # with False, torch steps over one tensor after another
+    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, loraplus_lr_ratio=16, **fused)
 
 
 def _lorafa(job: argparse.Namespace, model: Any) -> Any:
