@@ -37,7 +37,17 @@ Size = Annotated[int, Field(ge=0, le=MOST * 2**10)]
 AutoSize = Size | Literal["auto"]
 """A size in elements, or the one that transformers takes from the hidden size."""
 Ranks = Annotated[int, Field(ge=1, le=MOST_RANKS)]
+Group = Annotated[int, Field(ge=2, le=MOST_RANKS)]
 ReduceDtype = Annotated[str, BeforeValidator(lambda v: v if v is None else parse_dtype(v, field="dtype", accepted=MODEL_DTYPES))]
+
+
+def _resharding(value: object) -> object:
+    """Raises InputError for the numbers 0 and 1, which torch and accelerate take differently (torch, _fully_shard/_fsdp_init.py,
+    `_get_post_forward_mesh_info`; accelerate, utils/dataclasses.py, `str_to_bool`)."""
+    if not isinstance(value, bool) and value in (0, 1, "0", "1"):
+        why = "torch takes the number 1 as false, accelerate's files take it as true"
+        raise InputError("reshard_after_forward", value, f"{why}; accepted: true, false, or a divisor of the GPUs from 2 on")
+    return value
 
 
 def _release(field: str, example: str) -> AfterValidator:
@@ -63,7 +73,7 @@ class Distributed(BaseModel):
     accelerate: Annotated[str, _release("accelerate", "1.15")] | None = None
     """The version of accelerate that prepares the model; None: one that behaves as 1.15."""
     # FSDP
-    reshard_after_forward: bool | Annotated[int, Field(ge=2, le=MOST_RANKS)] | None = None
+    reshard_after_forward: Annotated[bool | Group | None, BeforeValidator(_resharding)] = None
     dp_shard_size: Ranks | None = None
     """Ranks of a shard group; the model is replicated over the groups (HSDP)."""
     offload_params: Place | None = None
@@ -248,6 +258,9 @@ def parse_distributed(options: Mapping[str, object]) -> Distributed | None:
         return None
     _check_taken(distributed, options)
     _check_divisible(distributed)
+    size = distributed.reshard_after_forward
+    if distributed.strategy == "fsdp2" and type(size) is int and size == distributed.shards:
+        return distributed.model_copy(update={"reshard_after_forward": True})  # as torch takes it
     return distributed
 
 

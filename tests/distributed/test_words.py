@@ -115,6 +115,26 @@ def test_the_strategy_of_fsdp_2_is_a_switch(passed: bool) -> None:
     assert not any("sharding_strategy" in note for note in job(sharding_strategy="FULL_SHARD").architecture.notes)
 
 
+@pytest.mark.parametrize(("fields", "reshards"), [({"gpus": 4}, True), ({"gpus": 8, "dp_shard_size": 4}, True), ({"gpus": 8}, 4)])
+def test_a_size_of_all_shards_is_a_switch(fields: dict[str, Any], reshards: object) -> None:
+    """torch, _fully_shard/_fsdp_init.py, `_get_post_forward_mesh_info`: the number of ranks that share the weights means true."""
+    job = prepare("gpt2", method="full", strategy="fsdp2", reshard_after_forward=4, **fields)
+    assert job.distributed is not None
+    assert job.distributed.reshard_after_forward is reshards
+
+
+def test_a_one_in_a_file_of_accelerate_is_true() -> None:
+    """accelerate, utils/dataclasses.py: `str_to_bool`, as transformers does with `fsdp_config`."""
+    fsdp = {"fsdp_version": 2, "fsdp_reshard_after_forward": 1}
+    in_file = prepare(
+        "gpt2", method="full", accelerate_config={"distributed_type": "FSDP", "num_processes": 4, "fsdp_config": fsdp}
+    )
+    passed = prepare("gpt2", method="full", gpus=4, **passed_options({"reshard_after_forward": 1}))
+    for job in (in_file, passed):
+        assert job.distributed is not None
+        assert job.distributed.reshard_after_forward is True
+
+
 def test_deepspeed_config(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(ZERO3), encoding="utf-8")
@@ -152,6 +172,14 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     (
         {"gpus": 2, "reshard_after_forward": False},
         "reshard_after_forward: DDP has no such parameter; accepted: with --strategy fsdp2 or fsdp1",
+    ),
+    # torch, _fully_shard/_fsdp_init.py: "reshard_after_forward=1 (int) means resharding parameters to world size 1"
+    *(
+        (
+            {"gpus": 4, "strategy": "fsdp2", "reshard_after_forward": number},
+            f"reshard_after_forward: {number!r} is not valid; torch",
+        )
+        for number in (0, 1, "1")
     ),
     ({"gpus": 8, "strategy": "fsdp2", "dp_shard_size": 3}, "dp_shard_size: 3 is not valid; accepted: a divisor of the 8 GPUs"),
     ({"gpus": 0}, "gpus must be at least 1 (got 0)"),
