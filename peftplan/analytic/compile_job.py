@@ -166,16 +166,19 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     optimizer = parse_optim(str(setup.optim))
     early = tuple(line for line in lasting if optimizer.makes(line))
     on_fsdp2 = job.distributed is not None and job.distributed.strategy == "fsdp2"
+    undivided: tuple[Line, ...] = ()
     if early and on_fsdp2 and setup.by.prepares_model:  # accelerate divides behind it: those of shards come with the first step
         twice = states_made_twice(job, inventory.parameters, optimizer)
         early = tuple(line for line in early if line in twice)
-    idle = frozenset(() if early else model.units.idle(model.idle()))
+        if rank_loading.keeps_undivided(job, optimizer):  # loading leaves them in their places
+            undivided, early = early, ()
+    idle = frozenset(() if early or undivided else model.units.idle(model.idle()))
     if idle:  # a parameter without a gradient has no state
         states = (line for line in lasting if line.category == "optimizer_states")
         stateless = {line.name for line in states if line.name.rpartition(".")[0] in idle}
         lasting = tuple(line for line in lasting if line.name not in stateless)
     buffers = Ledger(tuple(line for line in lasting if line.category == "buffers"))
-    beside = holding.beside if holding is not None and model.units.every_layer else ()
+    beside = (*(holding.beside if holding is not None and model.units.every_layer else ()), *undivided)
     loaded = tuple(line for line in lasting if line.category != "optimizer_states" or line in beside)
     workspaces = _workspaces(of_step.products, compute_capability, apart=job.script.cublaslt_apart)
     workspaces += tuple(
@@ -187,8 +190,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     load, passing = loading_of(inventory, model, setup, loaded=loaded, buffers=buffers, normed=normed)
     loading = Ledger(loaded + passing)
     if early:  # the optimizer is constructed after loading
-        divides_after = job.quant is not None or (on_fsdp2 and job.method_name != "full")  # else they are what is being divided
-        whole = states_made_twice(job, inventory.parameters, optimizer, divided=False) if divides_after else Ledger(())
+        whole = states_made_twice(job, inventory.parameters, optimizer, divided=False) if job.quant is not None else Ledger(())
         left = () if job.distributed is None else rank_loading.shards_left(load, Ledger(loaded))
         loading = max(loading + whole, Ledger(loaded + left + early + _cloned(optimizer, inventory)), key=Ledger.bytes)
     compiled_job = Compiled(

@@ -14,7 +14,7 @@ from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.order import in_module_order, tensors
 from peftplan.distributed.pipeline import num_layers, on_stages, stages_of
 from peftplan.distributed.zero import groups_of, partition
-from peftplan.dtypes import SIXTEEN_BITS
+from peftplan.dtypes import ITEMSIZE, SIXTEEN_BITS
 from peftplan.job.automodel import builds, merges_experts
 from peftplan.job.further_tokens import STACK
 from peftplan.job.kernels import SCANNING, kernels_of
@@ -34,6 +34,7 @@ from peftplan.memory.synced import synced
 from peftplan.memory.unit_groups import grouped, tied
 from peftplan.memory.zero0 import WholeLoading
 from peftplan.memory.zero_load import FlatLoading, PartLoading
+from peftplan.optim import Optimizer, parse_optim
 from peftplan.parameters import Parameters
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         workspaces=(TE_WORKSPACE,) if kernels.dense is not None else (),
         merged=merges_experts(job),
         in_8_bits=in_8_bits,
+        states=_states_moved(job, parameters),
         keeps_last=layout is ACCELERATE and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         casts_shards=casts_shards,
         passing=PASSING[built](holding.parameters) if built in PASSING else (),
@@ -144,6 +146,20 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
     second = policy._replace(groups=units, buffers=theirs, stays=whole_sizes(full, shards))
     own = policy._replace(buffers=Ledger(tuple(line for line in buffers if line not in theirs)))
     return partial(load_one_then, first=own, second=second)
+
+
+def keeps_undivided(job: Job, optimizer: Optimizer) -> bool:
+    """Whether states that a constructor made keep what trains as it was before FSDP2 divided it, from the host."""
+    on_fsdp2 = job.distributed is not None and job.distributed.strategy == "fsdp2"
+    return on_fsdp2 and job.quant is None and job.setup.by.prepares_model and optimizer.made_with_states is True
+
+
+def _states_moved(job: Job, parameters: Parameters) -> tuple[int, ...]:
+    """Bytes of the states that the optimizer's constructor made on the host. Vectors are Trainer's second group."""
+    if not keeps_undivided(job, parse_optim(str(job.setup.optim))):
+        return ()
+    trained = [p for p, _ in tensors(in_module_order(parameters)) if p.trainable]
+    return tuple(ITEMSIZE[p.dtype] * p.numel for p in sorted(trained, key=lambda p: len(p.shape) < 2))
 
 
 def _by_state_dict(job: Job, full: Parameters, shards: Parameters, buffers: Ledger) -> ByStateDict:

@@ -27,6 +27,9 @@ OVER_DTENSORS = (
     *("adamw_torch_8bit", "adamw_torch_4bit", "grokadamw"),
 )
 """Those whose step over rows of matrices was traced or rehearsed under FSDP2."""
+DECOMPOSED = ("galore_adamw",)
+"""Those whose decomposition was rehearsed on the host under FSDP2, where shards in 16 bits lie there. On the GPU cuSOLVER alone
+knows its workspace."""
 STEPPED = {"fsdp2": OVER_DTENSORS, **dict.fromkeys((*FLAT, "zero3", "fsdp1"), OVER_PARTITIONS)}
 """Strategy → the optimizers that have a formula there."""
 LORA = ("lora", "rslora")
@@ -60,9 +63,9 @@ def shown_optimizers(job: Job) -> tuple[str, ...]:
     )
     if made_before_cast or made_of_whole:
         over = tuple(name for name in over if name != "adagrad")
-    hosted = job.distributed.strategy == "fsdp2" and job.distributed.offload_params == "cpu"
-    if hosted and method not in LORA:  # the load of whole weights is 7 % low, reserved bytes of 4 bits 5 %
-        over = tuple(name for name in over if name != "adagrad")
+    if job.distributed.strategy == "fsdp2" and job.distributed.offload_params == "cpu":
+        in_4_bits = job.quant is not None  # beside which reserved bytes were 5 % low and 3 % high
+        over = tuple(name for name in over if name != "adagrad") if in_4_bits else (*over, *DECOMPOSED)
     if _knows_lomo(job):
         over = (*over, "lomo", *(("adalomo",) if flat and method in ("full", *ADAPTED) else ()))
     return (*known, *over) if knows_optimizers(job) else known

@@ -108,11 +108,12 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
 
 
 def projected(job: "Job", parameters: Iterable[Parameter]) -> dict[str, Projected]:
-    """The shapes of what APOLLO projects. Raises NoEngineError for an optimizer whose step no engine knows."""
+    """The shapes of what APOLLO projects. Raises NoEngineError for an optimizer whose step on the GPU no engine knows."""
     optimizer, optim_args = parse_optim(str(job.setup.optim)), parse_optim_args(job.setup.optim_args)
-    if unknown := optimizer.unknown(optim_args):
+    on_host = job.distributed is not None and job.distributed.strategy == "fsdp2" and job.distributed.offload_params == "cpu"
+    if (unknown := optimizer.unknown(optim_args)) and not on_host:
         raise NoEngineError(f"optim {optimizer.name}: {unknown}")
-    targets = (job.setup.optim_target_modules or ()) if optimizer.low_rank else ()
+    targets = (job.setup.optim_target_modules or ()) if optimizer.package == "apollo-torch" else ()
     of_each = {
         p.name: {a.name: a.dims for a in states(optimizer, shape=p.shape, dtype=p.dtype, in_target=True, optim_args=optim_args)}
         for p in parameters

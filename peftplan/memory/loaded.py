@@ -49,6 +49,21 @@ def left_by(load: Loader) -> int:
     return level.now
 
 
+STEP = 4
+"""Bytes of a step in an optimizer's state: one number in fp32."""
+
+
+def move_states(memory: Memory[Handle], sizes: Iterable[int]) -> None:
+    """accelerate moves states that a constructor made, of these sizes, to the device; torch moves all but the steps back to their
+    tensors on the host (accelerate, optimizer.py, `AcceleratedOptimizer`; torch, optim/optimizer.py, `load_state_dict`)."""
+    moved = []
+    for nbytes in sizes:
+        memory.keep((STEP,))
+        moved.append(memory.allocate(nbytes))
+    for handle in moved:
+        memory.release(handle)
+
+
 class Level:
     """A memory that only counts."""
 

@@ -16,7 +16,7 @@ from peftplan.distributed.layout import Layout
 from peftplan.dtypes import ITEMSIZE
 from peftplan.ledger import Ledger, Line
 from peftplan.memory.load import MOVED_LAST
-from peftplan.memory.loaded import Handle, Loader, Memory, Whole
+from peftplan.memory.loaded import Handle, Loader, Memory, Whole, move_states
 from peftplan.memory.mxfp4_load import PROJECTIONS, widen_all
 from peftplan.memory.unit_groups import Pairs, is_sharded
 from peftplan.memory.units import EMBEDDING, FURTHER, ROOT, TAIL, is_of_experts
@@ -59,6 +59,9 @@ class Loading(NamedTuple):
     """Bytes of tensors that are there together once all weights are: see `analytic.rank_loading`."""
     keeps_last: bool = False
     """Whether a variable of accelerate holds the last tensor whole until the model is prepared."""
+    states: tuple[int, ...] = ()
+    """Bytes of each state that the optimizer's constructor made of what trains. Their keys hold the tensors as they were before
+    they were divided."""
     casts_shards: bool = False
     """Whether all shards are cast to fp32 once they are made (accelerate, before `versions.FSDP2_UPCASTS_ALL`)."""
 
@@ -242,6 +245,7 @@ class Loading(NamedTuple):
         `_move_states_to_device`). The root comes last. Of an adapter accelerate's loop over what trains holds the last tensor
         whole (accelerate, accelerator.py, `_prepare_fsdp2`). Returns what variables hold until all is prepared.
         """
+        move_states(memory, self.states)
         held_until_end = []
         trained = [p for name in self._order() for p, _ in self.groups[name] if p.trainable]
         last = trained[-1] if self.keeps_ends and trained and trained[-1].layers else None
@@ -257,6 +261,8 @@ class Loading(NamedTuple):
             for _, shard in self.groups[name]:
                 keep_shard(memory, shard)
             for p, handle in whole:
+                if self.states and p.trainable:
+                    continue
                 is_end = self.keeps_ends and name in (EMBEDDING, TAIL) and len(p.shape) > 1 and p.owner == "base"
                 is_last = self.keeps_last and name == ROOT and p is self.groups[name][-1][0]
                 if is_end or is_last or (p is last and name == layers[-1]):

@@ -92,7 +92,6 @@ def test_adagrad_over_4_bits_keeps_what_its_constructor_made() -> None:
         ({"method": "qlora", "strategy": "zero3", "optim": "adagrad"}, ("trl",)),
         ({"method": "qlora", "strategy": "zero3", "optim": "adagrad", "quant_storage": "bf16"}, ("transformers",)),
         ({"method": "qlora", "strategy": "fsdp2", "optim": "adagrad", "offload_params": "cpu"}, ("transformers",)),
-        ({"method": "full", "strategy": "fsdp2", "optim": "adagrad", "offload_params": "cpu"}, ("transformers",)),
         ({"method": "qlora", "strategy": "fsdp2", "optim": "adagrad", "quant_storage": "bf16"}, ("trl",)),
         (
             {"method": "qlora", "strategy": "fsdp2", "optim": "adagrad", "quant_storage": "bf16", "device_map": "cpu"},
