@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -249,6 +250,16 @@ def parse_distributed(options: Mapping[str, object]) -> Distributed | None:
     options = {name: value for name, value in options.items() if value is not None}
     if not options:
         return None
+    try:
+        hash(tuple(options.values()))
+    except TypeError:  # lists
+        return _parsed.__wrapped__(**options)
+    return _parsed(**options)
+
+
+@lru_cache(maxsize=64, typed=True)
+def _parsed(**options: object) -> Distributed | None:
+    """`parse_distributed` of options that were given; many estimates of a process share them."""
     try:
         distributed = Distributed.model_validate(options)
     except ValidationError as error:

@@ -320,10 +320,9 @@ def check_rank_allocator(job: Job) -> None:
     It takes the k-th smallest score, k = (init_r - target_r) · layers, by `kthvalue`, which needs k ≥ 1 (peft,
     tuners/adalora/layer.py).
     """
-    fields = job.config.model_dump() if job.config is not None else job.adapter
-    other = (job.method is None or job.method.peft_type != "ADALORA") and fields.get("peft_type") != "ADALORA"
-    if other or not job.script.updates_ranks(job.setup):
+    if job.method_name != "adalora" or not job.script.updates_ranks(job.setup):
         return
+    fields = job.config.model_dump() if job.config is not None else job.adapter
     init_r, target_r = fields.get("init_r", 12), fields.get("target_r", 8)
     if isinstance(init_r, int) and isinstance(target_r, int) and init_r <= target_r:
         raise RefusedError(
