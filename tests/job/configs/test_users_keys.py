@@ -1,0 +1,44 @@
+"""Keys of users' files whose effect looks like none: a number of 0, a token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peftplan.job.configs.read import read_config
+from tests.job.configs.test_users_files import SETTINGS, written
+
+AXOLOTL = "attn_implementation: flash_attention_2\nsequence_len: 512\nmicro_batch_size: 2\nbf16: true\n"
+
+
+@pytest.mark.parametrize("alpha", ["5", "0", "0.0"])
+def test_noise_of_0_is_noise_too(tmp_path: Path, alpha: str) -> None:
+    """Trainer adds its hook where the number is not None; that of 0 makes the same tensors (integrations/neftune.py:26)."""
+    axolotl = "base_model: Qwen/Qwen3-0.6B\n" + AXOLOTL
+    config = written(tmp_path / "a.yaml", f"{axolotl}neftune_noise_alpha: {alpha}\n")
+    assert set(read_config(config).unsupported) == {"neftune_noise_alpha"}
+    config = written(tmp_path / "b.yaml", f"{SETTINGS}neftune_noise_alpha: {alpha}\n")
+    assert "neftune_noise_alpha" in {*read_config(config).unsupported, *read_config(config).read}
+    text = "from transformers import AutoModelForCausalLM, Trainer, TrainingArguments\n"
+    text += f"args = TrainingArguments('out', neftune_noise_alpha={alpha})\n"
+    text += "Trainer(model=AutoModelForCausalLM.from_pretrained('Qwen/Qwen3-0.6B'), args=args).train()\n"
+    assert read_config(written(tmp_path / "c.py", text)).options["noisy_embeddings"] is True
+
+
+@pytest.mark.parametrize(
+    ("model", "token", "grows"),
+    [
+        ("NousResearch/Llama-2-7b-hf", "</s>", False),
+        ("NousResearch/Llama-2-7b-hf", "[PAD]", True),
+        ("meta-llama/Llama-3.2-1B", "<|end_of_text|>", False),
+        ("meta-llama/Llama-3.2-1B", "</s>", True),
+        ("Qwen/Qwen2.5-0.5B", "[PAD]", False),
+    ],
+)
+def test_a_token_that_the_vocabulary_lacks_adds_a_row(tmp_path: Path, model: str, token: str, *, grows: bool) -> None:
+    """axolotl grows an embedding of fewer rows than the tokenizer has tokens (loaders/model.py:377). Llama's have one for each of
+    32,000 or 128,256; Qwen2.5's has 151,936 rows for 151,665 tokens. The row was left out, and the count called exact."""
+    axolotl = f"base_model: {model}\n{AXOLOTL}"
+    plan = read_config(written(tmp_path / "a.yaml", f'{axolotl}special_tokens:\n  pad_token: "{token}"\n'))
+    assert set(plan.unsupported) == ({"special_tokens.pad_token"} if grows else set())
