@@ -11,6 +11,7 @@ from peftplan.job.automodel import OF_ATTENTION, builds
 from peftplan.job.automodel_scans import has_own_code
 from peftplan.job.beside_towers import knows_tower
 from peftplan.job.loss_sizes import CUT
+from peftplan.job.repositories import OVER_PACKED, PACKED
 from peftplan.job.trainers import DEFAULT
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
 from peftplan.memory.unit_groups import tied
@@ -125,12 +126,16 @@ def shows_dora(job: Job) -> bool:
 
 
 def shows_base(job: Job) -> bool:
-    """Whether a quantized base was rehearsed: in 4 bits, or in 8 with LoRA under ZeRO."""
+    """Whether a quantized base was rehearsed: in 4 bits, or in 8 with LoRA under ZeRO, packed by gptqmodel beside
+    LoRA."""
     assert job.quant is not None
     assert job.distributed is not None
     plain_lora = job.method_name == "lora" and not getattr(job.config, "use_dora", False)
     in_8_bits = job.quant.name == "int8" and job.distributed.strategy in (*FLAT, "zero3") and knows_methods(job) and plain_lora
-    return job.quant.name in ("nf4", "fp4") or in_8_bits
+    by_trainer = job.setup.by.traced_on_ranks and not job.setup.by.of_preferences and job.setup.autocast == "bf16"
+    on_card = {job.distributed.offload_params, job.distributed.offload_optimizer} <= {None, "none"}
+    packed = job.quant.name in PACKED and job.distributed.strategy in OVER_PACKED and by_trainer and on_card
+    return job.quant.name in ("nf4", "fp4") or in_8_bits or (packed and plain_lora)
 
 
 def knows_methods(job: Job) -> bool:

@@ -44,6 +44,8 @@ OF_BITSANDBYTES: Mapping[str, object] = {
     "bnb_4bit_compute_dtype": "bfloat16",
 }
 """`quantization_config` of the repositories whose names end so (`NF4`)."""
+OVER_PACKED = ("ddp", "zero1", "zero2", "fsdp2")
+"""Strategies under which weights that gptqmodel packed were rehearsed: each rank holds all of them, which are buffers."""
 PACKED = ("gptq", "awq")
 TAKEN = ("bitsandbytes", *PACKED)
 """`quant_method` of checkpoints that transformers loads as they are stored, whatever else is asked."""

@@ -6,7 +6,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.distributed.strategy import Distributed
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import InputError, RefusedError
-from peftplan.job.repositories import PACKED
+from peftplan.job.repositories import OVER_PACKED, PACKED
 from peftplan.job.setup import Setup
 from peftplan.methods.adaptation import Adaptation
 from peftplan.storage import QuantConfig
@@ -117,7 +117,7 @@ def packs_integers(quant: QuantConfig | None) -> bool:
 def loaded_by_rank(setup: Setup, distributed: Distributed, quant: QuantConfig | None, *, chosen: object) -> Setup:
     """The setup of a rank, which loads no model on a device map (trl, `SFTTrainer.__init__`: it "fails" in distributed training),
     but a quantized one on the host, of which FSDP2 moves a unit at a time (accelerate, `fsdp2_prepare_model`), and packed weights
-    on its own GPU under DDP.
+    on its own GPU.
 
     Raises InputError where another map is `chosen`, and RefusedError where ranks cannot move what is on the host.
     """
@@ -140,13 +140,13 @@ def loaded_by_rank(setup: Setup, distributed: Distributed, quant: QuantConfig | 
                     "bf16"
                 )
             return setup
-    if chosen == "cuda" and distributed.strategy == "ddp" and quant is not None and quant.name in PACKED:
+    if chosen == "cuda" and distributed.strategy in OVER_PACKED and quant is not None and quant.name in PACKED:
         return setup
     if chosen not in (None, "none"):
         raise InputError(
             "device_map",
             chosen,
-            "accepted: none under a strategy, cpu for 4-bit weights under fsdp2, or cuda for gptq and awq under ddp; --strategy "
-            "device-map puts layers on several GPUs",
+            "accepted: none under a strategy, cpu for 4-bit weights under fsdp2, or cuda for gptq and awq "
+            f"under {', '.join(OVER_PACKED)}; --strategy device-map puts layers on several GPUs",
         )
     return setup.model_copy(update={"device_map": "none"})

@@ -182,6 +182,5 @@ def final_norm(arch: Architecture, full: Parameters) -> str | None:
 
 def is_sharded(p: Parameter, shard: Parameter) -> bool:
     """Whether a rank holds less than all of a parameter's weight."""
-    return next(a.dims for a in p.allocations if a.name == "weight") != next(
-        a.dims for a in shard.allocations if a.name == "weight"
-    )
+    whole, part = (next((a.dims for a in each.allocations if a.name == "weight"), None) for each in (p, shard))
+    return whole != part

@@ -15,6 +15,8 @@ from peftplan.errors import NoEngineError
 from peftplan.job.sources import load_config
 from tools.rehearsed_jobs import drifts, read
 
+RESERVED = {"ddp": 0.2, "zero1": 0.2, "zero2": 0.22, "fsdp2": 1.3}
+"""Strategy → percent that reserved bytes may be apart, of models of 0.1 to 1.2 GB."""
 ROWS = read(Path(__file__).with_name("packed.jsonl"))
 
 
@@ -23,13 +25,13 @@ def test_formulas_hold_what_gptqmodel_holds(row: dict[str, Any]) -> None:
     """A rehearsal's peak is that of all steps: of a small job the 256 MiB with which the first step times gptq's kernels, which
     our reserved bytes alone have. 0.13 % of a step are 0.2 MB of SmolLM2's. Under DDP, of which SmolLM2 with awq reserves 2 MiB
     more, the packed weights of TinyLlama and Llama 3.2 are sent before the first forward of each step, beside which little is
-    there."""
+    there. Under FSDP2 0.2 MB of tails lie in other blocks."""
     drift = drifts(row, "analytic")
     assert drift is not None
-    assert abs(drift["backward"]) < 0.002
-    assert max(abs(drift[phase]) for phase in ("load", "forward")) < 0.05
-    assert abs(drift["step"]) < 0.13
-    assert abs(drift["reserved"]) < (0.2 if "--strategy ddp" in row["job"] else 0.01)
+    assert abs(drift["backward"]) < (0.003 if "fsdp2" in row["job"] else 0.002)
+    assert max(abs(drift[phase]) for phase in ("load", "forward")) < (0.1 if "fsdp2" in row["job"] else 0.05)
+    assert abs(drift["step"]) < (0.16 if "fsdp2" in row["job"] else 0.13)
+    assert abs(drift["reserved"]) < RESERVED.get(row["job"].partition("--strategy ")[2].split(" ")[0], 0.01)
     assert row["allocated"] == max(row["by_phase"].values()) or "gptq" in row["job"]
 
 
@@ -50,7 +52,9 @@ def test_gptq_keeps_dequantized_weights_until_backward() -> None:
         ("qwen2.5-0.5b", {"quant": "gptq", "quant_bits": 3}),
         ("qwen2.5-0.5b", {"quant": "awq", "seq_len": 128}),
         ("qwen2.5-0.5b", {"quant": "awq", "method": "dora"}),
-        ("qwen2.5-0.5b", {"quant": "gptq", "strategy": "zero2", "gpus": 2}),
+        ("qwen2.5-0.5b", {"quant": "gptq", "strategy": "zero3", "gpus": 2}),
+        ("opt-125m", {"quant": "awq", "strategy": "zero1", "gpus": 8}),
+        ("qwen2.5-0.5b", {"quant": "gptq", "strategy": "fsdp2", "gpus": 2, "offload_params": "cpu"}),
         ("pythia-160m", {"quant": "awq"}),
         ("olmoe-1b-7b-0924", {"quant": "gptq"}),
         ("qwen2.5-0.5b", {"quant": "gptq", "bias": "lora_only"}),
