@@ -54,6 +54,8 @@ def test_gptq_keeps_dequantized_weights_until_backward() -> None:
         ("qwen2.5-0.5b", {"quant": "awq", "method": "dora"}),
         ("qwen2.5-0.5b", {"quant": "gptq", "strategy": "zero3", "gpus": 2}),
         ("opt-125m", {"quant": "awq", "strategy": "zero1", "gpus": 8}),
+        ("opt-125m", {"quant": "gptq", "strategy": "fsdp2", "gpus": 8}),
+        ("qwen2.5-0.5b", {"quant": "gptq", "strategy": "fsdp2", "gpus": 8, "gradient_checkpointing": False}),
         ("qwen2.5-0.5b", {"quant": "gptq", "strategy": "fsdp2", "gpus": 2, "offload_params": "cpu"}),
         ("pythia-160m", {"quant": "awq"}),
         ("olmoe-1b-7b-0924", {"quant": "gptq"}),
