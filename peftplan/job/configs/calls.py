@@ -314,8 +314,8 @@ class Calls(ReaderFunctions):
         function = name.rpartition(".")[2]
         called = self.functions.get(function)
         if called is None:
-            if self.taken and (made := self.constructors.get(function)) is not None:
-                self._note_changed(made, node)
+            if self.taken and (constructor := self.constructors.get(function)) is not None:
+                self._note_changed(constructor, node)
             return
         self.ran[function] = self.ran.get(function, False) or self.taken
         if not self.taken:

@@ -42,8 +42,8 @@ class Effective:
 
     def grows_segments(self) -> bool | None:
         """Whether the environment lets segments of torch's allocator grow; None where it does not say so."""
-        said = (re.search(r"expandable_segments: *(\w+)", self.document.environment.get(name, "")) for name in ALLOCATOR)
-        words = [found[1].lower() for found in said if found]
+        settings = (re.search(r"expandable_segments: *(\w+)", self.document.environment.get(name, "")) for name in ALLOCATOR)
+        words = [setting[1].lower() for setting in settings if setting]
         return words[0] == "true" if words else None
 
     def of(self, key: str) -> object:

@@ -124,9 +124,9 @@ def _groups(result: Launched, launch: Mapping[str, object]) -> None:
         )
         return
     shards, copies = sizes.get("dp_shard_size"), sizes.get("dp_replicate_size")
-    said = "gpus" in result.options
+    is_stated = "gpus" in result.options
     world = int(str(result.options.get("gpus", ASSUMED_GPUS))) * int(str(result.options.get("nodes", 1)))
-    if not said and shards:
+    if not is_stated and shards:
         result.options["gpus"] = world = shards * (copies or 1)
         result.assumed["gpus"] = f"the launcher decides; {world}, which its groups need, are assumed"
     if world % (shards or 1) or world % (copies or 1) or (shards and copies and shards * copies != world):

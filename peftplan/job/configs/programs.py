@@ -55,7 +55,7 @@ def of_notebook(text: str, *, file: str) -> Document:
 
 
 def _cell(source: str) -> list[ast.stmt]:
-    """The statements of a cell; none if it is no Python."""
+    """The statements of a cell; none if it is not Python."""
     with contextlib.suppress(*UNREADABLE):
         return ast.parse(_without_magics(source)).body
     return []

@@ -24,13 +24,13 @@ class ReaderFunctions(DataFiles):
 
     def of_one_call(self, function: Function, node: ast.Call) -> object:
         """What a function returns for a call; UNKNOWN where it does more, or takes more than its parameters."""
-        given = self._given(function, node)
+        arguments = self._arguments_of(function, node)
         own = {each.id for each in ast.walk(function) if isinstance(each, ast.Name) and not isinstance(each.ctx, ast.Load)}
         others = {each.id for each in ast.walk(function) if isinstance(each, ast.Name)} - own - {*parameters(function)}
         is_own = all(name.isupper() for name in others if name in self.names)
-        if given is None or function.decorator_list or self.inside >= MOST_INSIDE or not is_own:
+        if arguments is None or function.decorator_list or self.inside >= MOST_INSIDE or not is_own:
             return UNKNOWN
-        before, self.names = self.names, {**{name: self.names[name] for name in others if name in self.names}, **given}
+        before, self.names = self.names, {**{name: self.names[name] for name in others if name in self.names}, **arguments}
         self.inside += 1
         try:
             value = self._result(function.body)
@@ -38,7 +38,7 @@ class ReaderFunctions(DataFiles):
             self.names, self.inside = before, self.inside - 1
         return value if isinstance(value, dict) and not (isinstance(value, Instance) and value.made_by) else UNKNOWN
 
-    def _given(self, function: Function, node: ast.Call) -> dict[str, object] | None:
+    def _arguments_of(self, function: Function, node: ast.Call) -> dict[str, object] | None:
         """Parameter → what a call gives it; None where the text does not tell."""
         names = [each.arg for each in (*function.args.posonlyargs, *function.args.args)]
         names = names[1:] if names[:1] in (["self"], ["cls"]) else names
@@ -86,6 +86,6 @@ class ReaderFunctions(DataFiles):
 
 
 def _is_silent(node: ast.expr) -> bool:
-    """Whether an expression is a text that documents, or is written to a screen or a log."""
+    """Whether an expression documents, or is written to a screen or a log."""
     is_call = isinstance(node, ast.Call) and ast.unparse(node.func).startswith(SPEAKING)
     return isinstance(node, ast.Constant) or is_call

@@ -34,6 +34,8 @@ def test_noise_of_0_is_noise_too(tmp_path: Path, alpha: str) -> None:
         ("meta-llama/Llama-3.2-1B", "<|end_of_text|>", False),
         ("meta-llama/Llama-3.2-1B", "</s>", True),
         ("Qwen/Qwen2.5-0.5B", "[PAD]", False),
+        ("google/gemma-2-2b", "<pad>", False),
+        ("google/gemma-2-2b", "[PAD]", True),
     ],
 )
 def test_a_token_that_the_vocabulary_lacks_adds_a_row(tmp_path: Path, model: str, token: str, *, grows: bool) -> None:
