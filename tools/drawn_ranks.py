@@ -48,10 +48,10 @@ def words(draw: random.Random, model: str, strategy: str) -> list[str]:
     quant = draw.choice(("nf4", "int8")) if draw.random() < 0.15 and method not in ("full", "qlora", "qdora") else None
     chosen += ["--quant", quant] if quant else []
     if strategy == "fsdp1" and (quant == "nf4" or method in ("qlora", "qdora")):
-        chosen += ["--quant-storage", "bf16"]
+        chosen += ["--quant-storage", "bf16", "--no-kbit-prepare"]
     if draw.random() < 0.5 and not own_optimizer:
         chosen += ["--optim", draw.choice(sorted(name for name, optimizer in OPTIMIZERS.items() if not optimizer.untraced))]
-    if draw.random() < 0.4:
+    if draw.random() < 0.4 or method == "prefix-tuning":  # which peft refuses with checkpoints
         chosen += ["--no-gradient-checkpointing"]
     elif draw.random() < 0.2:
         chosen += ["--use-reentrant"]
