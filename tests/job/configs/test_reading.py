@@ -484,3 +484,12 @@ def test_a_vocabulary_that_is_a_multiple_of_32_stays(model: str, grows: bool) ->
     """51,200 and 49,152 rows are multiples of 32; 50,257 are not."""
     config = {"base_model": model, "resize_token_embeddings_to_32x": True, "flash_attention": True, "micro_batch_size": 1}
     assert ("resize_token_embeddings_to_32x" in read(config).unsupported) is grows
+
+
+@pytest.mark.parametrize(("said", "assumed"), [({}, True), ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, False)])
+def test_axolotl_s_checkpoints_are_those_of_the_release_that_is_read(said: dict[str, object], assumed: bool) -> None:
+    """axolotl 0.21.0, utils/config/__init__.py:481: by default they are not reentrant, which keeps inputs of 8-bit layers."""
+    values = {"base_model": "meta-llama/Llama-3.2-1B", "adapter": "lora", "load_in_8bit": True, "gradient_checkpointing": True}
+    plan = read(values | {"sequence_len": 512} | said)
+    assert plan.options["use_reentrant"] is True
+    assert ("0.21" in plan.assumed.get("use_reentrant", "")) is assumed
