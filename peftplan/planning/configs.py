@@ -15,7 +15,7 @@ from peftplan.errors import InputError, PeftplanError, RefusedError, UnknownName
 from peftplan.frames import Listing
 from peftplan.job.configs.detect import check, tool_of
 from peftplan.job.configs.models import is_folder
-from peftplan.job.configs.plan import ConfigPlan, Tool
+from peftplan.job.configs.plan import ConfigPlan, Tool, misspelled
 from peftplan.job.configs.read import read_config, read_document
 from peftplan.job.setup import ENGINES, Engine
 from peftplan.planning.estimate import estimate
@@ -51,6 +51,8 @@ class ConfigEntry(NamedTuple):
     """What the tool raises for the file as it is, and the change of which the numbers are."""
     scope: str | None = None
     """`text` if the peak is that of a vision-language model's text: images are not counted."""
+    misspelled: tuple[str, ...] = ()
+    """Keys that the tool leaves out and that are nearly one of its own, each with the nearest."""
 
 
 def configs(
@@ -148,7 +150,12 @@ def _tool(file: Path, tool: str | None) -> Tool:
 def of_plan(plan: ConfigPlan, *, gpu: str | None = None, engine: Engine = "analytic", online: bool = False) -> ConfigEntry:
     """The entry of a plan."""
     row = ConfigEntry(
-        plan.files[0], plan.tool, plan.model, unsupported=tuple(plan.unsupported), refused="; ".join(plan.warnings()) or None
+        plan.files[0],
+        plan.tool,
+        plan.model,
+        unsupported=tuple(plan.unsupported),
+        refused="; ".join(plan.warnings()) or None,
+        misspelled=tuple(misspelled(plan.assumed)),
     )
     if plan.kind != "training":
         own = [f"{key.value}: {key.why}" for key in plan.unsupported.values()]

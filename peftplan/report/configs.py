@@ -9,7 +9,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from peftplan.errors import one_line, quoted
-from peftplan.job.configs.plan import LAUNCHERS
+from peftplan.job.configs.plan import LAUNCHERS, misspelled
 from peftplan.report.tabular import Column
 from peftplan.units import format_bytes
 
@@ -81,7 +81,7 @@ def cells(entry: ConfigEntry, name: str) -> tuple[str | int | None, ...]:
 
 
 def note(entry: ConfigEntry) -> str | None:
-    """Why there is no peak, which keys make it a bound, and of what it is the peak."""
+    """Why there is no peak, which keys make it a bound, of what it is the peak, and which keys are misspelled."""
     if entry.tool in LAUNCHERS:
         return LAUNCH_FILE
     keys = ", ".join(entry.unsupported[:MOST_NAMES])
@@ -90,7 +90,7 @@ def note(entry: ConfigEntry) -> str | None:
     error = entry.error and _in_its_row(entry.error, entry.file)
     of_keys = unsupported if entry.total_parameters is not None and unsupported else error or unsupported
     scope = f"{entry.scope} only: images are not counted" if entry.scope else None
-    return "; ".join(filter(None, (entry.refused, of_keys, scope))) or None
+    return "; ".join(filter(None, (entry.refused, of_keys, scope, *entry.misspelled))) or None
 
 
 def _in_its_row(error: str, file: str) -> str:
@@ -149,7 +149,7 @@ def summary(config: ConfigDocument) -> str:
         f"{files} ({config['tool']} {config['version']}): {counts}{taken}"
         + ("" if by_name.startswith(PROGRAM) else f"; {by_name}")
         + "".join(f"; {text}" for what, text in assumed.items() if what in SHOWN or what.startswith("$"))
-        + "".join(f"; {key} has {text}" for key, text in assumed.items() if text.startswith("no effect:"))
+        + "".join(f"; {text}" for text in misspelled(assumed))
     )
 
 

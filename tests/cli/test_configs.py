@@ -40,6 +40,17 @@ def test_a_folder(tmp_path: Path) -> None:
     assert "3 training configs: 2 counted, 1 with a peak, 1 exact; 2 other files" in shown
 
 
+def test_a_misspelled_key_that_the_tool_drops(tmp_path: Path) -> None:
+    """axolotl trains without it, so its peak is exact: the row says what the person may have meant."""
+    (tmp_path / "a.yml").write_text(QLORA + "sequnce_len: 4096\n")
+    (row,) = json.loads(run("configs", str(tmp_path), "--format", "json").out)
+    assert row["peak_allocated"]
+    assert not row["unsupported"]
+    (remark,) = row["misspelled"]
+    assert remark.startswith("sequnce_len has no effect: axolotl leaves it out; did you mean sequence_len")
+    assert remark in " ".join(run("configs", str(tmp_path)).out.split())
+
+
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
     """A folder of examples had six rows with `train.sh`, and notes that could be of any."""
     for folder in ("dpo", "kto"):

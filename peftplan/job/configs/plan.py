@@ -29,6 +29,9 @@ Effect = Literal["lowers", "raises", "unknown"]
 Bound = Literal["at_most", "at_least", "unknown"]
 """What a number is that leaves keys out: the true peak is at most it, at least it, or not comparable."""
 
+NO_EFFECT = "no effect:"
+"""How the remark on a key begins that the tool leaves out and that is nearly one of its own."""
+
 
 class Read(NamedTuple):
     """A key that decides options."""
@@ -169,3 +172,8 @@ def bound(unsupported: Mapping[str, Unsupported]) -> Bound | None:
     if not effects:
         return None
     return "at_most" if effects == {"lowers"} else "at_least" if effects == {"raises"} else "unknown"
+
+
+def misspelled(assumed: Mapping[str, str]) -> list[str]:
+    """Of what is assumed the keys that the tool leaves out and that are nearly one of its own, each with the nearest."""
+    return [f"{key} has {text}" for key, text in assumed.items() if text.startswith(NO_EFFECT)]

@@ -12,7 +12,7 @@ from peftplan.job.configs.effective import NOTHING, Effective
 from peftplan.job.configs.facts import Facts, Known
 from peftplan.job.configs.instances import plain
 from peftplan.job.configs.interpolation import resolved
-from peftplan.job.configs.plan import LAUNCHERS, Ignored, Read, Refused, Unsupported
+from peftplan.job.configs.plan import LAUNCHERS, NO_EFFECT, Ignored, Read, Refused, Unsupported
 from peftplan.job.configs.tool_file import Row, Rule
 from peftplan.job.loaded import ATTENTION
 from peftplan.job.trainers import TRAINERS
@@ -113,7 +113,7 @@ class Reading:
             why = f"not a key of {self.tool.tool} {self.tool.version}"
             if self.tool.drops_unknown and key:
                 self.ignored[key] = Ignored(value, f"{why}, which leaves it out{suggested}", self.tool.drops_unknown)
-                self.assumed |= {key: f"no effect: {self.tool.tool} leaves it out{suggested}"} if near else {}
+                self.assumed |= {key: f"{NO_EFFECT} {self.tool.tool} leaves it out{suggested}"} if near else {}
             else:
                 self.unsupported[key or "an empty key"] = Unsupported(value, f"{why}{suggested}")
         elif "ignored" in known.row:
