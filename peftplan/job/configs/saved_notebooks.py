@@ -24,14 +24,14 @@ def magics_of(text: str) -> list[str]:
 def _source(call: str, words: str) -> str | None:
     """What a call of IPython stands for; None for cells in another language."""
     try:
-        given = ast.literal_eval(f"({words},)")
+        arguments = ast.literal_eval(f"({words},)")
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         return None
-    if not all(isinstance(each, str) for each in given):
+    if not all(isinstance(each, str) for each in arguments):
         return None
     if call == "run_cell_magic":
-        return given[-1] if given[0] in PYTHON else None
-    return f"!{given[0]}" if call == "system" else f"%{' '.join(given)}"
+        return arguments[-1] if arguments[0] in PYTHON else None
+    return f"!{arguments[0]}" if call == "system" else f"%{' '.join(arguments)}"
 
 
 def dependencies(text: str) -> Iterator[str]:

@@ -486,10 +486,12 @@ def test_a_vocabulary_that_is_a_multiple_of_32_stays(model: str, grows: bool) ->
     assert ("resize_token_embeddings_to_32x" in read(config).unsupported) is grows
 
 
-@pytest.mark.parametrize(("said", "assumed"), [({}, True), ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, False)])
-def test_axolotl_s_checkpoints_are_those_of_the_release_that_is_read(said: dict[str, object], assumed: bool) -> None:
+@pytest.mark.parametrize(
+    ("checkpointing", "assumed"), [({}, True), ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, False)]
+)
+def test_axolotl_s_checkpoints_are_those_of_the_release_that_is_read(checkpointing: dict[str, object], assumed: bool) -> None:
     """axolotl 0.21.0, utils/config/__init__.py:481: by default they are not reentrant, which keeps inputs of 8-bit layers."""
     values = {"base_model": "meta-llama/Llama-3.2-1B", "adapter": "lora", "load_in_8bit": True, "gradient_checkpointing": True}
-    plan = read(values | {"sequence_len": 512} | said)
+    plan = read(values | {"sequence_len": 512} | checkpointing)
     assert plan.options["use_reentrant"] is True
     assert ("0.21" in plan.assumed.get("use_reentrant", "")) is assumed

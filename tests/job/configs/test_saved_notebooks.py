@@ -65,7 +65,7 @@ def _marimo(*, disabled: bool = True) -> str:
     return MARIMO.format(load=load, adapt=adapt, train=train, disabled=disabled)
 
 
-def _said(plan: ConfigPlan) -> object:
+def _read_from(plan: ConfigPlan) -> object:
     return plan.model, plan.options, plan.releases, {key: row.value for key, row in plan.unsupported.items()}
 
 
@@ -73,7 +73,7 @@ def _said(plan: ConfigPlan) -> object:
 def test_a_saved_notebook_says_what_the_notebook_says(script: str) -> None:
     notebook = read_text(NOTEBOOK, file="a.ipynb")
     assert (notebook.options["seq_len"], *notebook.unsupported) == (1024, "environment.UNSLOTH_RETURN_LOGITS")
-    assert _said(read_text(script, file="a.py")) == _said(notebook)
+    assert _read_from(read_text(script, file="a.py")) == _read_from(notebook)
     assert document_of_text(script, file="a.py").installs == "transformers==4.56.2 trl==0.22.2"
 
 

@@ -482,3 +482,15 @@ def test_the_user_s_attention_decides_what_packing_means(tmp_path: Path) -> None
     assert flash.peaks == named.peaks
     assert flash.config is not None
     assert "attn_implementation" not in flash.config["read"]
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_the_old_name_of_max_length_says_that_an_earlier_release_runs(is_old: bool) -> None:
+    """SFTConfig no longer has `max_seq_length`: a file with it ran with an earlier release, whose loss may keep all logits."""
+    key = "max_seq_length" if is_old else "max_length"
+    recipe = f"model_name_or_path: Qwen/Qwen2.5-0.5B\ndataset_mixer: {{a: 1.0}}\n{key}: 512\nper_device_train_batch_size: 2\n"
+    program = f"trainer = SFTTrainer('Qwen/Qwen2.5-0.5B', args=SFTConfig({key}=512))\ntrainer.train()\n"
+    for name, text in (("sft.yaml", recipe), ("sft.py", f"from trl import SFTConfig, SFTTrainer\n{program}")):
+        plan = read_text(text, file=name)
+        assert plan.options["seq_len"] == 512
+        assert ("trl" in plan.assumed) == is_old
