@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from peftplan.planning.sweep_points import Chunk
 
 ALL = "all"
-COUNTED = ("--r", "--batch-size", "--seq-len")
-"""Options of whole numbers that are evaluated as arrays."""
 
 
 @click.command("sweep", cls=Command)

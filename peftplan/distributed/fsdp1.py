@@ -27,9 +27,6 @@ from peftplan.tape.allocations import PASSED
 from peftplan.tape.tensors import Parameter, Tensor
 from peftplan.units import ceil_div
 
-ALIGNMENT = 16
-"""Bytes at whose multiples each tensor of a flat parameter begins (`_get_aligned_numel`)."""
-
 
 class Flat(NamedTuple):
     """A flat parameter: the tensors that one all-gather brings."""

@@ -13,8 +13,6 @@ from decimal import Decimal
 from peftplan.errors import InputError
 
 Values = Sequence[object]
-Axes = Mapping[str, Values]
-"""Option → its values, of those that take several."""
 
 MOST_LISTED = 10**6
 """Values of one option that are not a single range."""

@@ -27,8 +27,6 @@ from peftplan.versions import FLASH_BESIDE_IMAGES, FORWARD_CHECKPOINTED, FSDP2_T
 if TYPE_CHECKING:
     from peftplan.results.config_documents import ConfigDocument
 
-ADAPTERS = {"lora": "lora", "qlora": "lora", "dora": "lora", "rslora": "lora", "full": "full"}
-
 EVALUATED = "eval_batch_size"
 OF_A_STORED_BASE = (*OF_STORAGE, "compute_dtype", "kbit_prepare")
 """Options without effect where nothing is quantized."""
