@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import prod
 from typing import NamedTuple
 
 from peftplan.distributed.names import MOST_RANKS, STRATEGIES
@@ -27,6 +28,9 @@ DIVIDED = {
     "tensor_parallel": "tensor parallelism", "context_parallel_dim": "context parallelism", "device_map": "a device map",
 }  # fmt: skip
 """Facts about the launch that divide a job in ways that are not counted here."""
+GROUPS = ("dp_shard_size", "dp_replicate_size")
+BESIDE_GROUPS = ("tensor_parallel_size", "context_parallel_size", "expert_parallel_size")
+"""Axolotl's sizes of groups of ranks, and of those that its other ways to divide a job need."""
 
 HEADER = re.compile(r"\b(num_processes|nproc_per_node|num_machines|nnodes)[= ]([0-9]{1,6})\b", re.IGNORECASE)
 IN_HEADERS = {"num_processes": "processes", "nproc_per_node": "gpus", "num_machines": "nodes", "nnodes": "nodes"}
@@ -63,8 +67,16 @@ UNREAD_OF_FSDP = {"axolotl": ("backward_prefetch", "forward_prefetch")}
 """Tool → ends of fields of `fsdp_config` that it drops: axolotl's schema has none of them (0.19.0, utils/schemas/fsdp.py)."""
 
 
-def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, str], *, file: str) -> Launched:
-    """What a launch says. `launch`: labels of the facts, dotted where they were nested; `file`: the config that says it."""
+def launched(
+    tool: str,
+    launch: Mapping[str, object],
+    environment: Mapping[str, str],
+    *,
+    file: str,
+    chosen: Mapping[str, object] | None = None,
+) -> Launched:
+    """What a launch says. `launch`: labels of the facts, dotted where they were nested; `file`: the config that says it;
+    `chosen`: the user's own options."""
     result = Launched({}, {}, {}, {})
     of_accelerate = partial(files.of_accelerate, file=file)
     if (config := _values(launch, "accelerate")) is not None:
@@ -95,7 +107,7 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
         value = launch.get(fact, any(key.startswith(f"{fact}.") for key in launch))
         if word(value) not in ("none", "false", "1", "-1", "", "0"):
             result.unsupported[fact] = Unsupported(value, f"{what} over several GPUs", "unknown")
-    _groups(result, launch)
+    _groups(result, launch, chosen or {})
     if result.options.get("strategy") not in (None, "ddp") and "gpus" not in result.options:
         result.options["gpus"] = ASSUMED_GPUS
         result.assumed["gpus"] = f"the launcher decides; {ASSUMED_GPUS} are assumed"
@@ -106,35 +118,50 @@ def launched(tool: str, launch: Mapping[str, object], environment: Mapping[str, 
     return result
 
 
-def _groups(result: Launched, launch: Mapping[str, object]) -> None:
-    """Ranks that shard a model, and copies of it: together all processes (axolotl 0.19.0, utils/distributed.py:319).
+def _groups(result: Launched, launch: Mapping[str, object], chosen: Mapping[str, object]) -> None:
+    """Ranks that shard a model, and copies of it: together all processes (axolotl 0.19.0, utils/distributed.py:319), those of
+    the user where `chosen` has them.
 
     1 is as if it were not said. Without FSDP copies are those of DDP.
     """
-    sizes = {
-        name: size for name in ("dp_shard_size", "dp_replicate_size") if isinstance(size := launch.get(name), int) and size > 1
-    }
+    sizes = {name: _whole(value) for name in GROUPS if word(value := launch.get(name)) != "none"}
+    for name in [name for name, size in sizes.items() if size is None]:
+        result.unsupported[name] = Unsupported(
+            launch[name], "axolotl raises ValidationError; accepted: a whole number", "unknown"
+        )
+    sizes = {name: size for name, size in sizes.items() if size is None or size > 1}
     strategy = str(result.options.get("strategy"))
-    if not sizes or not (strategy.startswith("fsdp") or "dp_shard_size" in sizes):
+    if not sizes or None in sizes.values() or not (strategy.startswith("fsdp") or "dp_shard_size" in sizes):
         return
-    key, size = next(iter(sizes.items()))
+    key, shards, copies = next(iter(sizes)), sizes.get("dp_shard_size"), sizes.get("dp_replicate_size") or 1
     if strategy != "fsdp2":
-        result.unsupported[key] = Unsupported(
-            size, "axolotl and accelerate raise ValueError without FSDP of version 2", "unknown"
-        )
+        why = "axolotl and accelerate raise ValueError without FSDP of version 2"
+        result.unsupported[key] = Unsupported(launch[key], why, "unknown")
         return
-    shards, copies = sizes.get("dp_shard_size"), sizes.get("dp_replicate_size")
-    is_stated = "gpus" in result.options
-    world = int(str(result.options.get("gpus", ASSUMED_GPUS))) * int(str(result.options.get("nodes", 1)))
-    if not is_stated and shards:
-        result.options["gpus"] = world = shards * (copies or 1)
-        result.assumed["gpus"] = f"the launcher decides; {world}, which its groups need, are assumed"
-    if world % (shards or 1) or world % (copies or 1) or (shards and copies and shards * copies != world):
-        result.unsupported[key] = Unsupported(
-            size, f"the tool raises ValueError: its groups do not fill the {world} GPUs", "unknown"
-        )
+    beside = prod(_whole(launch.get(fact)) or 1 for fact in BESIDE_GROUPS)
+    numbers = {name: _whole(chosen.get(name, result.options.get(name))) for name in ("gpus", "nodes")}
+    said = {name: number for name, number in numbers.items() if number}
+    nodes = said.get("nodes", 1)
+    needed = (shards or max(ASSUMED_GPUS // copies, 2)) * copies * beside
+    if "gpus" not in said and needed % nodes == 0:
+        said["gpus"] = result.options["gpus"] = needed // nodes
+        result.assumed["gpus"] = f"the launcher decides; {needed // nodes}, which its groups need, are assumed"
+    world = said.get("gpus", ASSUMED_GPUS) * nodes
+    each, left = divmod(world, copies * beside)
+    if left or (each != shards if shards and copies > 1 else each % (shards or 1)):
+        why = f"the tool raises ValueError: its groups do not fill the {world} GPUs"
+        result.unsupported[key] = Unsupported(launch[key], why, "unknown")
+    elif each == 1 and not shards:
+        why = f"accelerate raises: {copies} copies leave one GPU each, over which FSDP divides nothing"
+        result.unsupported[key] = Unsupported(launch[key], why, "unknown")
     else:
-        result.options["dp_shard_size"] = shards or world // int(str(copies))
+        result.options["dp_shard_size"] = shards or each
+
+
+def _whole(value: object) -> int | None:
+    """A whole number as pydantic takes it for one: 2, 2.0, "2", or true for 1."""
+    number = str(int(value) if isinstance(value, bool) else value).strip()
+    return int(float(number)) if re.fullmatch(r"[-+]?[0-9]{1,6}(\.0+)?", number) else None
 
 
 def _processes(result: Launched, tool: str, launch: Mapping[str, object], environment: Mapping[str, str]) -> None:

@@ -118,7 +118,9 @@ def planned(reading: Reading) -> ConfigPlan:
             reading.assumed["gpus"] = "as the command in its comments launches it"
     if reading.tool.strategy and any(key.startswith("distributed.") for key in reading.launch):
         reading.launch.setdefault("distributed.strategy", reading.tool.strategy)
-    launch = launched(reading.tool.tool, reading.launch, reading.document.environment, file=reading.file)
+    launch = launched(
+        reading.tool.tool, reading.launch, reading.document.environment, file=reading.file, chosen=reading.document.chosen
+    )
     if reading.tool.strategy and number_in(launch.options, "gpus") > 1:
         launch.options.setdefault("strategy", reading.tool.strategy)
     reading.unsupported |= launch.unsupported

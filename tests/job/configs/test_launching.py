@@ -10,7 +10,7 @@ import pytest
 
 import peftplan
 from peftplan.errors import InputError, RefusedError
-from peftplan.job.configs.read import read_config, read_text, read_values
+from peftplan.job.configs.read import read_beside, read_config, read_text, read_values
 from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, SWIFT, TRL
 
 ZERO3 = {"zero_optimization": {"stage": 3, "overlap_comm": True}, "bf16": {"enabled": "auto"}}
@@ -398,15 +398,39 @@ FSDP2 = {"fsdp_version": 2, "fsdp_config": {"auto_wrap_policy": "TRANSFORMER_BAS
 
 @pytest.mark.parametrize(
     ("sizes", "world", "shards"),
-    [({"dp_shard_size": 2}, 2, 2), ({"dp_shard_size": 2, "dp_replicate_size": 4}, 8, 2), ({"dp_replicate_size": 2}, 8, 4)],
+    [
+        ({"dp_shard_size": 2}, 2, 2),
+        ({"dp_shard_size": 2, "dp_replicate_size": 4}, 8, 2),
+        ({"dp_replicate_size": 2}, 8, 4),
+        ({"dp_shard_size": "2"}, 2, 2),
+        ({"dp_replicate_size": 3}, 6, 2),
+        ({"dp_replicate_size": 16}, 32, 2),
+    ],
 )
-def test_axolotls_groups_share_a_model(sizes: dict[str, int], world: int, shards: int) -> None:
+def test_axolotls_groups_share_a_model(sizes: dict[str, object], world: int, shards: int) -> None:
     """What axolotl's `_get_parallel_config_kwargs` returns for these worlds; the sizes were left out, and 8 ranks shared it."""
     plan = read_values({**AXOLOTL, **FSDP2, **sizes}, file="a.yml")
     assert plan.options["dp_shard_size"] == shards
     assert plan.options.get("gpus", 8) == world
 
 
-@pytest.mark.parametrize("wrong", [{"dp_shard_size": 2, "fsdp_version": 1}, {"dp_replicate_size": 3}])
-def test_groups_that_axolotl_refuses(wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dp_shard_size": 2, "fsdp_version": 1},
+        {"dp_shard_size": "two"},
+        {"dp_replicate_size": 3, "use_ray": True, "ray_num_workers": 8},
+        {"dp_replicate_size": 8, "use_ray": True, "ray_num_workers": 8},  # nothing to share: accelerate raises
+    ],
+)
+def test_groups_that_axolotl_refuses(wrong: dict[str, object]) -> None:
     assert set(wrong) & set(read_values({**AXOLOTL, **FSDP2, **wrong}, file="a.yml").unsupported)
+
+
+@pytest.mark.parametrize(("gpus", "shards"), [(4, 2), (8, 4), (2, None), (3, None)])
+def test_groups_fill_the_gpus_of_the_user(tmp_path: Path, gpus: int, shards: int | None) -> None:
+    """`_get_parallel_config_kwargs` divides the processes that run, not those that were assumed."""
+    file = tmp_path / "a.yml"
+    file.write_text(json.dumps({**AXOLOTL, **FSDP2, "dp_replicate_size": 2}), encoding="utf-8")
+    plan = read_beside(file, {"gpus": gpus})
+    assert (plan.options.get("dp_shard_size"), "dp_replicate_size" in plan.unsupported) == (shards, shards is None)
