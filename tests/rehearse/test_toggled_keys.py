@@ -53,7 +53,7 @@ def test_both_sides_of_a_rehearsal_hold_the_same(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize("row", REHEARSED, ids=[f"{row['tool']}-{len(list(keys(row)))}" for row in REHEARSED])
 def test_what_is_toggled_is_read_as_without_effect(row: dict[str, Any]) -> None:
     plans = [import_module(TOOLS[row["tool"]].jobs).plan(job) for job in jobs(row)]
-    of_evaluation = {key for each in plans for key, read in each.read.items() if read.option == EVALUATED}
+    of_evaluation = {key for each in plans for key, read in each.read.items() if read.option in (EVALUATED, "")}
     assert set(keys(row)) <= {key for each in plans for key in each.ignored} | of_evaluation
     options = [{name: value for name, value in each.options.items() if name != EVALUATED} for each in plans]
     assert options[0] == options[1]

@@ -24,6 +24,8 @@ class Assignments(Flow):
         """Those of torch's allocator, likewise."""
         self.elsewhere: set[str] = set()
         """Global names that a function binds."""
+        self.set_elsewhere: set[object] = set()
+        """Keys that the program sets in dictionaries of which it is not seen which they are."""
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         """`rank *= 2`."""
@@ -112,6 +114,8 @@ class Assignments(Flow):
         owner = self.value(mapping)
         known = owner if isinstance(owner, dict) and not isinstance(owner, Instance) else None
         if known is None or not isinstance(mapping, ast.Name) or not isinstance(name, str) or not plain(name):
+            if known is None and self.taken and plain(name):
+                self.set_elsewhere.add(name)
             self._changed(mapping)
         elif not absent or name not in known:
             self._forget(mapping.id)
@@ -122,6 +126,9 @@ class Assignments(Flow):
         before = self.names.get(changed.id) if isinstance(changed, ast.Name) else None
         values = [self._inside(each) for each in node.args]
         if not isinstance(before, list) or not self.taken or node.keywords or not plain(values):
+            if self.taken and method == "update" and not isinstance(before, dict):
+                named = [keyword.arg for keyword in node.keywords]
+                self.set_elsewhere.update(named, *(each for each in values if isinstance(each, dict)))
             self._changed(changed)
             return
         after = [*before]

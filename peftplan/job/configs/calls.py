@@ -109,7 +109,7 @@ class Calls(ReaderFunctions):
             self.arguments, self.variables = dict(earlier.arguments), set(earlier.variables)
             self.values_of, self.fields = earlier.values_of, dict(earlier.fields)
             self.at_the_end, self.bound, self.aliases = earlier.names, earlier.bound, earlier.aliases
-            self.of_parser = earlier.of_parser
+            self.of_parser, self.keys_unseen = earlier.of_parser, frozenset(earlier.set_elsewhere)
             self.frozen_before, self.adapting_before, self.parts_before = earlier.frozen, earlier.adapting, earlier.parts
             self.overrides, self.returns_before, self.file = earlier.overrides, earlier.returns, earlier.file
             self.trained_before = earlier.trained | used_through(earlier.trained, earlier.used_by)
@@ -261,7 +261,9 @@ class Calls(ReaderFunctions):
                 self.trained.update(value.made_by)
             if key is None:
                 arguments |= (
-                    value if isinstance(value, dict) and not isinstance(value, Instance) else {"**": "<keyword arguments>"}
+                    self._spread(value)
+                    if isinstance(value, dict) and not isinstance(value, Instance)
+                    else {"**": "<keyword arguments>"}
                 )
                 continue
             arguments[key] = text_of(expression) if isinstance(value, dict) and not plain(value) else value
@@ -307,7 +309,7 @@ class Calls(ReaderFunctions):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "vars" and len(node.args) == 1:
             return self.value_of_object(node.args[0])
         value = self.value(node)
-        return Instance(value) if isinstance(value, dict) and not isinstance(value, Instance) else None
+        return Instance(self._spread(value)) if isinstance(value, dict) and not isinstance(value, Instance) else None
 
     def _note_arguments(self, name: str, node: ast.Call) -> None:
         """What a call gives the parameters of a function of the program."""

@@ -6,6 +6,7 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Collection, Mapping
+from copy import deepcopy
 from typing import cast
 
 from peftplan.job.configs.documents import Values
@@ -39,6 +40,9 @@ BF16 = ("is_bfloat16_supported", "is_bf16_supported")
 CAPABLE = re.compile(r"torch\.cuda\.get_device_capability\((0|device)?\)(\[0\] >= 8| >= \(8, 0\))")
 """The same question, asked of the compute capability."""
 
+COPIES = ("dict", "copy.copy", "copy.deepcopy")
+"""Functions that copy a dictionary; so does its method `copy`."""
+
 
 class Expressions:
     """Names and attributes that a program gave plain values, and the values of expressions made of them."""
@@ -63,6 +67,8 @@ class Expressions:
         """Name → another name of the same class or function; empty where the program gives it several."""
         self.variables: set[str] = set()
         """Variables of the environment that the program sets itself, or the command that runs it."""
+        self.keys_unseen: frozenset[object] = frozenset()
+        """Keys of which nobody knows what a dictionary holds: an earlier reading saw them set in one that it could not name."""
 
     def _keep(self, name: str, value: object, by_default: Collection[str] = ()) -> None:
         """Let a name stand for a value of moderate size that is plain, or that holds some that are."""
@@ -116,12 +122,16 @@ class Expressions:
         for key, value in zip(node.keys, node.values, strict=True):
             name, inside = None if key is None else self.value(key), self._inside(value)
             if key is None and isinstance(inside, dict):
-                items |= inside
+                items |= self._spread(inside)
             elif isinstance(name, str) and plain(name):
                 items[name] = inside
             else:
                 return text_of(node)
         return items
+
+    def _spread(self, items: Mapping[str, object]) -> Values:
+        """What `**items` hands over."""
+        return {key: f"<{key}>" if key in self.keys_unseen else value for key, value in items.items()}
 
     def _plain(self, node: ast.expr) -> object:
         """The value of an expression; the expression itself where it is not plain."""
@@ -182,10 +192,9 @@ class Expressions:
             self.by_default.add(self.arguments[name])
         return _known(self.attributes[name], node)
 
-    @staticmethod
-    def _item(owner: object, key: object, node: ast.expr) -> object:
+    def _item(self, owner: object, key: object, node: ast.expr) -> object:
         if isinstance(owner, dict) and not isinstance(owner, Instance) and isinstance(key, (str, int)):
-            return owner.get(key, node)
+            return node if key in self.keys_unseen else owner.get(key, node)
         if isinstance(owner, list) and isinstance(key, int) and -len(owner) <= key < len(owner):
             return owner[key]
         return node
@@ -209,6 +218,10 @@ class Expressions:
         if called == "isinstance" and len(values) == 2 and plain(values[0]) and not isinstance(values[0], str):
             kind = KINDS.get(ast.unparse(node.args[1]))  # a text may stand for a path
             return node if kind is None else isinstance(values[0], kind)
+        of = node.func.value if isinstance(node.func, ast.Attribute) and node.func.attr == "copy" and not node.args else None
+        copied = self.value(of) if of is not None else values[0] if called in COPIES and len(values) == 1 else None
+        if isinstance(copied, dict) and not isinstance(copied, Instance) and not node.keywords:
+            return deepcopy(copied) if called == "copy.deepcopy" else {**copied}
         if called in CASTS and len(values) == 1 and not node.keywords and plain(values[0]):
             cast_value = CASTS[called](values[0])
             return cast_value if not isinstance(cast_value, str) or len(cast_value) <= LONGEST else node
@@ -220,6 +233,8 @@ class Expressions:
         if isinstance(node.func, ast.Attribute) and node.func.attr == "get" and values:
             owner, key = self.value(node.func.value), values[0]
             if not isinstance(owner, dict) or isinstance(owner, Instance) or not isinstance(key, (str, int)) or not plain(key):
+                return node
+            if key in self.keys_unseen:
                 return node
             return owner[key] if key in owner else values[1] if len(values) == 2 else None
         return node

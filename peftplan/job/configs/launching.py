@@ -140,13 +140,13 @@ def _groups(result: Launched, launch: Mapping[str, object], chosen: Mapping[str,
         return
     beside = prod(_whole(launch.get(fact)) or 1 for fact in BESIDE_GROUPS)
     numbers = {name: _whole(chosen.get(name, result.options.get(name))) for name in ("gpus", "nodes")}
-    said = {name: number for name, number in numbers.items() if number}
-    nodes = said.get("nodes", 1)
+    stated = {name: number for name, number in numbers.items() if number}
+    nodes = stated.get("nodes", 1)
     needed = (shards or max(ASSUMED_GPUS // copies, 2)) * copies * beside
-    if "gpus" not in said and needed % nodes == 0:
-        said["gpus"] = result.options["gpus"] = needed // nodes
+    if "gpus" not in stated and needed % nodes == 0:
+        stated["gpus"] = result.options["gpus"] = needed // nodes
         result.assumed["gpus"] = f"the launcher decides; {needed // nodes}, which its groups need, are assumed"
-    world = said.get("gpus", ASSUMED_GPUS) * nodes
+    world = stated.get("gpus", ASSUMED_GPUS) * nodes
     each, left = divmod(world, copies * beside)
     if left or (each != shards if shards and copies > 1 else each % (shards or 1)):
         why = f"the tool raises ValueError: its groups do not fill the {world} GPUs"
