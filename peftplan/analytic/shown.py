@@ -126,8 +126,7 @@ def shows_dora(job: Job) -> bool:
 
 
 def shows_base(job: Job) -> bool:
-    """Whether a quantized base was rehearsed: in 4 bits, or in 8 with LoRA under ZeRO, packed by gptqmodel beside
-    LoRA."""
+    """Whether a quantized base was rehearsed: in 4 bits, in 8 with LoRA under ZeRO, or packed by gptqmodel beside LoRA."""
     assert job.quant is not None
     assert job.distributed is not None
     plain_lora = job.method_name == "lora" and not getattr(job.config, "use_dora", False)

@@ -98,8 +98,8 @@ def fit(
       that is done.
 
     *Largest* means that this size and every smaller one fit. From `asked_from` on, every size is estimated. Smaller ones are
-    taken to fit, since there is more room there than reserved bytes were seen to drop from one size to a larger one; for `r`,
-    whose reserved bytes vary most, one of them may be `tight`. With `max="model"`, `model` is a family (`qwen3`), a pattern of
+    taken to fit, since there is more room there than reserved bytes were seen to drop from one size to a larger one: one of
+    them may still be `tight`. With `max="model"`, `model` is a family (`qwen3`), a pattern of
     built-in names or a list of models, and the answer is the largest member that fits, whether or not smaller ones do.
 
     Raises what `estimate` raises, and UnknownNameError for an unknown method.

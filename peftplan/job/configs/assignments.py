@@ -25,7 +25,7 @@ class Assignments(Flow):
         self.elsewhere: set[str] = set()
         """Global names that a function binds."""
         self.set_elsewhere: set[object] = set()
-        """Keys that the program sets in dictionaries of which it is not seen which they are."""
+        """Keys that the program sets in dictionaries that this reading cannot identify."""
 
     def visit_AugAssign(self, node: ast.AugAssign) -> None:
         """`rank *= 2`."""
@@ -127,7 +127,7 @@ class Assignments(Flow):
         values = [self._inside(each) for each in node.args]
         if not isinstance(before, list) or not self.taken or node.keywords or not plain(values):
             if self.taken and method == "update" and not isinstance(before, dict):
-                named = [keyword.arg for keyword in node.keywords]
+                named = [keyword.arg for keyword in node.keywords if keyword.arg]
                 self.set_elsewhere.update(named, *(each for each in values if isinstance(each, dict)))
             self._changed(changed)
             return

@@ -68,7 +68,7 @@ class Expressions:
         self.variables: set[str] = set()
         """Variables of the environment that the program sets itself, or the command that runs it."""
         self.keys_unseen: frozenset[object] = frozenset()
-        """Keys of which nobody knows what a dictionary holds: an earlier reading saw them set in one that it could not name."""
+        """Keys whose values are unknown in every dictionary: an earlier reading saw them set in one it could not identify."""
 
     def _keep(self, name: str, value: object, by_default: Collection[str] = ()) -> None:
         """Let a name stand for a value of moderate size that is plain, or that holds some that are."""
