@@ -183,5 +183,8 @@ ONE_FORWARD = tuple(trainer.name for trainer in TRAINERS.values() if not trainer
 DEFAULT: TrainerName = "transformers"
 """The trainer if none is set."""
 
+OF_PROGRAMS: tuple[TrainerName, ...] = ("transformers", "plain", "qlora-paper")
+"""Trainers of a user's own program, which can take SFTTrainer instead; others are chosen together with a tool."""
+
 CHUNKED: dict[str, object] = {"trainer": "trl", "loss": "trl-chunked"}
 """Options for a loss that never materializes all logits: only SFTTrainer has it."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from peftplan.dtypes import ITEMSIZE
 from peftplan.errors import PeftplanError
 from peftplan.planning.attempts import judged, row_of, sizes_of, tried
-from peftplan.planning.changes import OF_GPUS, SEQUENCE_STEP, Change, Sizes, combinations, micro_batch, single_changes
+from peftplan.planning.changes import OF_GPUS, SEQUENCE_STEP, Change, Sizes, combinations, micro_batches, single_changes
 from peftplan.planning.fewest_gpus import fewest_gpus, several, spared
+from peftplan.planning.together import together
 from peftplan.planning.trials import Trials
 from peftplan.results.advice import FITS, Advice, Advised
 
@@ -70,6 +71,7 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     replayed = list(_replayed(trials, unchanged, enough, everything=everything))
     fitting = _fitting(replayed, everything=everything)
     if not everything:
+        fitting = fitting or _all_it_takes(job, trials, unchanged, singles)
         fitting = [spared(job, trials, unchanged, singles, row) for row in fitting]
     numbers = fewest_gpus(job, trials, unchanged, singles, fitting)
     fitting += numbers
@@ -86,7 +88,8 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
         worth = row.saving_bytes >= WORTH * max(unchanged.values())
         if worth and (everything or not any(_alike(row.options, other.options) for other in (*rows, *numbers))):
             open_yet = row.verdict is None and not everything and len(rows) < MOST_REPLAYS
-            rows.append(_proven(trials, unchanged, refined[str(row.options)]) if open_yet else row)
+            cheaper = [change for change in singles if not any(change.options == other.options for other in fitting)]
+            rows.append(_cheapest_alike(trials, unchanged, refined[str(row.options)], cheaper) if open_yet else row)
     as_wanted = any(not row.options.keys() & OTHER_TRAINING for row in fitting)
     return Advised(
         (*fitting, *rows),
@@ -201,17 +204,16 @@ def _likely_room(trials: Trials, before: Sizes) -> int:
 
 def _in_single_rows(job: Job, trials: Trials, before: Sizes, change: Change) -> Change:
     """The change beside micro batches of one row, which cost only time and leave room for longer sequences."""
-    if job.setup.batch_size == 1 or "batch_size" in change.options:
-        return change
-    return tried(trials, before, {**micro_batch(job, 1), **change.options}, change.price) or change
+    smaller = [] if "batch_size" in change.options else micro_batches(job)
+    return (smaller and tried(trials, before, {**smaller[0], **change.options}, change.price)) or change
 
 
 def _largest(job: Job, trials: Trials, before: Sizes, change: Change, *, within: int) -> Change:
     """The largest micro batches whose tensors take so many bytes, by bisection; those of the change where none do."""
-    sizes = [size for size in range(2, job.setup.batch_size // 2 + 1) if job.setup.batch_size % size == 0]
+    sizes = micro_batches(job)[1:]
     while sizes:
         middle = len(sizes) // 2
-        larger = tried(trials, before, micro_batch(job, sizes[middle]), change.price)
+        larger = tried(trials, before, sizes[middle], change.price)
         if larger is not None and larger.left(before) <= within:
             change, sizes = larger, sizes[middle + 1 :]
         else:
@@ -279,6 +281,27 @@ def _fitting(replayed: Iterable[Advice], *, everything: bool) -> list[Advice]:
     """The first change that fits, else the first that is tight; all of them if everything is searched."""
     rows = sorted((row for row in replayed if row.verdict in FITS), key=lambda row: FITS.index(str(row.verdict)))
     return rows if everything else rows[:1]
+
+
+def _all_it_takes(job: Job, trials: Trials, before: Sizes, singles: Sequence[Change]) -> list[Advice]:
+    """As many changes as it takes, where no combination of a few fits though their savings add up to enough."""
+    likely = _likely_room(trials, before)
+    saved = {phase: sum(max(change.saving[phase], 0) for change in singles) for phase in before}
+    if any(size - saved[phase] > trials.room for phase, size in before.items()):
+        return []
+    change = together(trials, before, singles, likely=likely)
+    if change is not None and "seq_len" in change.options:
+        change = _longest(job, trials, before, change, within=max(likely, change.left(before)))
+    rows = [] if change is None else [_proven(trials, before, change)]
+    return [row for row in rows if row.verdict in FITS]
+
+
+def _cheapest_alike(trials: Trials, before: Sizes, change: Change, singles: Sequence[Change]) -> Advice:
+    """The cheapest change of what this one sets that fits, such as LoRA in place of QLoRA; else this one, replayed."""
+    cheaper = [other for other in singles if other.price < change.price and other.left(before) <= trials.room]
+    alike = sorted((other for other in cheaper if _alike(other.options, change.options)), key=lambda other: other.price)
+    rows = (judged(trials, before, other) for other in alike[:MOST_REPLAYS])
+    return next((row for row in rows if row is not None and row.verdict == "fits"), None) or _proven(trials, before, change)
 
 
 def _proven(trials: Trials, before: Sizes, change: Change) -> Advice:

@@ -42,6 +42,6 @@ def advice_on(estimate: Estimate, verdict: Verdict) -> Advised:
     assert estimate.origin is not None
     assert estimate.peaks is not None
     advised = estimate.origin.advise(verdict)
-    if estimate.config is not None and estimate.config["bound"] in ("at_least", "unknown"):
+    if estimate.bound in ("at_least", "unknown"):
         advised = advised.uncertain()
     return advised.saving_from(estimate.peaks.allocated) if estimate.engine == "analytic" else advised

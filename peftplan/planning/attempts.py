@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from peftplan.errors import PeftplanError
 from peftplan.planning.changes import Change, Sizes
 from peftplan.results.advice import FITS, Advice
+from peftplan.results.verdict import TIGHT
 
 if TYPE_CHECKING:
     from peftplan.planning.trials import Trials
@@ -32,10 +33,11 @@ def judged(trials: Trials, before: Sizes, change: Change) -> Advice | None:
     except PeftplanError:
         return None
     (on_card,) = result.gpus
-    peak = result.peaks.allocated if result.peaks else None
-    return row_of(trials, before, change)._replace(
-        verdict=on_card.verdict, peak_allocated=peak, headroom_bytes=on_card.headroom_bytes
-    )
+    peak, word = (result.peaks.allocated if result.peaks else None), on_card.verdict
+    if trials.lower_bound and result.peaks is not None and result.peaks.incomplete and on_card.headroom_bytes >= 0:
+        # of a lower bound, which `Advised.uncertain` says
+        word = "fits" if on_card.headroom_bytes >= TIGHT * on_card.usable_bytes else "tight"
+    return row_of(trials, before, change)._replace(verdict=word, peak_allocated=peak, headroom_bytes=on_card.headroom_bytes)
 
 
 def row_of(trials: Trials, before: Sizes, change: Change) -> Advice:

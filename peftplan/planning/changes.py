@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from operator import add, sub
 from typing import TYPE_CHECKING, NamedTuple
 
+from peftplan.job.requirements import accepted_batch
 from peftplan.job.shared_bases import packs_integers
-from peftplan.job.trainers import CHUNKED
+from peftplan.job.trainers import CHUNKED, OF_PROGRAMS
 from peftplan.storage.config import FOUR_BIT
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str
         yield {"attn_implementation": "flash_attention_2"}, SAME
     if job.architecture.task_type == "CAUSAL_LM" and setup.loss == "full" and not setup.by.of_preferences:
         yield {"loss": "liger"}, SAME
-        yield CHUNKED, CLOSE
+        if setup.trainer in OF_PROGRAMS:
+            yield CHUNKED, CLOSE
 
 
 def _of_ranks(job: Job, distributed: Distributed) -> Iterator[tuple[dict[str, object], int]]:
@@ -138,13 +140,16 @@ def several_gpus(job: Job) -> Iterator[dict[str, object]]:
 
 def _of_storage(job: Job) -> Iterator[tuple[dict[str, object], int]]:
     setup, quant = job.setup, job.quant
+    if setup.dtype == "fp32":
+        yield {"dtype": "bf16"}, OTHER if job.method is not None and job.method.name == "full" else CLOSE
     if setup.kbit_prepare:
         yield {"kbit_prepare": False}, CLOSE
     if quant is not None and quant.name in ("nf4", "fp4") and not quant.double_quant:
         yield {"double_quant": True}, CLOSE
     if setup.optim in ("adamw_torch", "adamw_torch_fused"):
         yield {"optim": "paged_adamw_32bit"}, SAME
-        yield {"optim": "adamw_8bit"}, CLOSE
+        sharded = job.distributed is not None and job.distributed.strategy in TORCH[1:]  # which bitsandbytes' steps do not take
+        yield {"optim": "adamw_torch_8bit" if sharded else "adamw_8bit"}, CLOSE
     if setup.adapter_dtype == "fp32" and (job.method is None or job.method.name != "full"):
         yield {"adapter_dtype": "bf16"}, CLOSE
 
@@ -153,20 +158,21 @@ def _of_method(job: Job) -> Iterator[tuple[dict[str, object], int]]:
     method = job.method.name if job.method else ""
     if method in ("lora", "qlora", "dora", "qdora") and len(job.adaptation.target_modules) > len("qkvo"):
         yield {"target_modules": "attention"}, FEWER
-    quantized = {"lora": "qlora", "dora": "qdora", "full": "qlora"}.get(method)
+    twin = {"lora": "qlora", "dora": "qdora", "full": "qlora"}.get(method)
+    quantized: dict[str, object] = {"method": twin} if twin else {"quant": "nf4"}
     if method == "full":
         yield {"method": "lora"}, OTHER
-    if quantized and job.quant is None:
-        yield {"method": quantized}, OTHER + SAME * (method == "full")
-        yield {"method": quantized, "kbit_prepare": False}, OTHER + CLOSE
+    if job.quant is None:
+        yield quantized, OTHER + SAME * (method == "full")
+        yield {**quantized, "kbit_prepare": False}, OTHER + CLOSE
         if job.distributed is not None and job.distributed.strategy == "fsdp2":  # which divides floats alone
-            yield {"method": quantized, "quant_storage": "bf16", "device_map": "cpu"}, OTHER + CLOSE
+            yield {**quantized, "quant_storage": "bf16", "device_map": "cpu"}, OTHER + CLOSE
 
 
 def _of_sizes(job: Job) -> Iterator[tuple[dict[str, object], int]]:
     setup = job.setup
-    if setup.batch_size > 1:
-        yield micro_batch(job, 1), SAME
+    if smaller := micro_batches(job):
+        yield smaller[0], SAME
     for rows in sorted({setup.batch_size, 1}, reverse=True):
         if setup.eval_batch_size is not None and rows < setup.eval_batch_size:
             yield {"eval_batch_size": rows}, UNTRAINED
@@ -176,10 +182,13 @@ def _of_sizes(job: Job) -> Iterator[tuple[dict[str, object], int]]:
             yield {"seq_len": tokens}, price
 
 
-def micro_batch(job: Job, size: int) -> dict[str, object]:
-    """A smaller micro batch, with accumulation for the rest."""
-    steps = job.setup.gradient_accumulation_steps * (job.setup.batch_size // size)
-    return {"batch_size": size, "gradient_accumulation_steps": steps}
+def micro_batches(job: Job) -> list[dict[str, object]]:
+    """Smaller micro batches that the trainer accepts, with accumulation for the rest, the smallest first."""
+    setup, steps = job.setup, job.setup.gradient_accumulation_steps
+    sizes = [size for size in range(1, setup.batch_size // 2 + 1) if setup.batch_size % size == 0]
+    changes = [{"batch_size": size, "gradient_accumulation_steps": steps * (setup.batch_size // size)} for size in sizes]
+    changed = [(change, setup.model_copy(update=change)) for change in changes]
+    return [{**change} for change, smaller in changed if accepted_batch(smaller, job.replicas) == smaller.batch_size]
 
 
 def combinations(changes: Sequence[Change], before: Sizes, room: int) -> list[Change]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from peftplan.errors import InputError, PeftplanError, UnknownNameError
-from peftplan.job.trainers import CHUNKED, ONE_FORWARD
+from peftplan.job.trainers import CHUNKED, OF_PROGRAMS
 from peftplan.methods import METHODS
 from peftplan.planning.fit_result import Plan
 from peftplan.planning.for_method import options_for
@@ -93,7 +93,7 @@ def changes_of(
     by_quant = typed.get("quant") is not None  # beside it, a method that only quantizes the base differs by its name alone
     names = [name for name in QUALITY if not (by_quant and METHODS[name].quant)] if methods is None else methods
     others += [] if by_adapter else [{"method": name} for name in names if name != first.method]
-    own_loss = first.assumptions["trainer"] not in ONE_FORWARD or first.assumptions.get("kernels")
+    own_loss = first.assumptions["trainer"] not in OF_PROGRAMS or first.assumptions.get("kernels")
     saves = [change for change in SAVES if not (own_loss and change is CHUNKED)]
     saves += [ONE_ROW] if first.binding is not None and first.binding.phase == "evaluate" else []
     saving = [change for change in saves if fixed.isdisjoint(change) and not change.items() <= first.assumptions.items()]

@@ -47,6 +47,8 @@ class Trials(NamedTuple):
     smallest_card: Callable[[], str | None]
     in_numbers: bool = True
     """Whether several of the card stand in one machine: no laptops, no memory that a processor shares."""
+    lower_bound: bool = False
+    """Whether the job needs more than is counted."""
 
 
 def trials(
@@ -106,6 +108,7 @@ def trials(
         judged=replay,
         smallest_card=smallest_card,
         in_numbers=not card.unified and card.kind not in NOT_FOR_RENT,
+        lower_bound=on_card.lower_bound,
     )
 
 

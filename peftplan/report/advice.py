@@ -65,7 +65,7 @@ def without_help(gpu: str, advised: Advised, *, strategy: str | None = None) -> 
         why = f"no change helps{alone}, since the weights alone take {format_bytes(advised.weights_alone)}"
     other = "no single card of the catalogue would do"
     if advised.smallest_card is not None:
-        other = f"the smallest card it fits is the {card_name(advised.smallest_card)}"
+        other = f"the smallest card it {'may fit' if advised.lower_bound else 'fits'} is the {card_name(advised.smallest_card)}"
     return f"{card_name(gpu)}: {why}; {other}"
 
 

@@ -41,6 +41,8 @@ class Advised(NamedTuple):
     the method, its target modules and the data as they are."""
     everything: bool = False
     """Whether all was searched."""
+    lower_bound: bool = False
+    """Whether the job may need more than its peak says: what fits without that may fit, `smallest_card` too."""
 
     def saving_from(self, peak: int) -> Advised:
         """With the savings of replayed changes counted from the job's own peak, which is replayed too."""
@@ -53,13 +55,13 @@ class Advised(NamedTuple):
         return self._replace(changes=tuple(map(counted, self.changes)), several_gpus=several)
 
     def uncertain(self) -> Advised:
-        """For a job of which keys of its file are not counted: what fits without them may fit."""
+        """For a job of which a part is not counted, such as keys of its file: what fits without it may fit."""
 
         def may_fit(change: Advice) -> Advice:
             return change._replace(verdict=None, headroom_bytes=None) if change.verdict in FITS else change
 
         several = None if self.several_gpus is None else may_fit(self.several_gpus)
-        return self._replace(changes=tuple(map(may_fit, self.changes)), several_gpus=several)
+        return self._replace(changes=tuple(map(may_fit, self.changes)), several_gpus=several, lower_bound=True)
 
     def rows(self, most: int | None = None) -> tuple[Advice, ...]:
         """The changes, at most so many, and several GPUs last."""
@@ -68,7 +70,7 @@ class Advised(NamedTuple):
     @property
     def counted(self) -> bool:
         """Whether the job has formulas, so that something can be said."""
-        return self != Advised()
+        return self._replace(lower_bound=False) != Advised()
 
     @property
     def helps(self) -> bool:
