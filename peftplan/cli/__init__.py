@@ -150,6 +150,10 @@ def main(args: list[str] | None = None) -> None:
         alike = [f"--{name}" for name in nearest(error.option_name.lstrip("-"), names)]
         near = f"; did you mean {' or '.join(alike)}?" if alike else ""
         near = "; `peftplan estimate` and `peftplan export` take it" if error.option_name == "--config" else near
+        from peftplan.job.words import NO_EFFECT, without_effect
+
+        if without_effect(error.option_name.lstrip("-").replace("-", "_")):
+            _stop(f"{error.option_name}: {NO_EFFECT}")
         _stop(f"no such option: {error.option_name}{near} (see --help)")
     except click.MissingParameter as error:
         _stop(f"{error.param.human_readable_name if error.param else 'an argument'} is missing (see --help)")

@@ -10,6 +10,7 @@ import click
 
 from peftplan.cli.spellings import Translation, as_typed
 from peftplan.errors import BoundError, PeftplanError
+from peftplan.job.words import check_nodes
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -175,6 +176,7 @@ class Command(click.Command):
         if not ctx.resilient_parsing:  # completion reads what is not finished
             typed: dict[str, str] = ctx.meta.setdefault(TYPED, {})
             args = list(Translation(self.get_params(ctx), typed).of(args))
+            check_nodes(typed, typed.get("nodes"))
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> object:
@@ -199,6 +201,8 @@ class Command(click.Command):
             from peftplan.job.options import MethodOptions
 
             fields = {name: f"--set {name}" for name in MethodOptions.__annotations__} | fields
+        if "gpus" not in typed and "gpu" in typed:  # 7xl4
+            fields = fields | {"gpus": "--gpu"}
         typed = typed | {word.replace("-", "_"): f"--set {word}" for word in words}
         return as_typed(error, arguments | fields | typed, spellings)
 

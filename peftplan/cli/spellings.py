@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import click
 
 from peftplan.errors import InputError, PeftplanError, UnknownNameError, UnknownOptionError, UnsupportedKeyError
-from peftplan.job.words import MEANINGS, NOT_COUNTED, OFF, ON, our_value, refuse, twice
+from peftplan.job.words import MEANINGS, OFF, ON, REFUSED, our_value, refuse, twice
 
 
 def as_typed(error: PeftplanError, fields: Mapping[str, str], spellings: Mapping[str, str]) -> str:
@@ -58,7 +58,7 @@ class Translation:
         attached = value if equals else None
         if (option := self.by_spelling.get(spelling)) is not None:
             yield from self._ours(option, spelling, typed, attached, rest)
-        elif name in NOT_COUNTED:
+        elif name in REFUSED:
             refuse(name, typed, (_next(rest, (*ON, *OFF)) or "true") if attached is None else attached)
         elif name in MEANINGS and (option := self.by_name.get(MEANINGS[name].option)) is not None:
             yield from self._theirs(option, name, typed, attached, rest)

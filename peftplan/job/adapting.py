@@ -8,11 +8,11 @@ from pydantic import ConfigDict
 
 import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
-from peftplan.errors import InputError, MissingExtraError, UnknownNameError
+from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError, UnknownOptionError
 from peftplan.job import sources
 from peftplan.job.setup import Setup
 from peftplan.job.tasks import as_told
-from peftplan.job.words import MEANINGS
+from peftplan.job.words import MEANINGS, NO_EFFECT, without_effect
 from peftplan.methods.adaptation import Adaptation, MethodConfig, NeedsPeftError
 from peftplan.methods.targets import LayeredConfig, Names
 
@@ -52,7 +52,12 @@ def method_of(
         check_fields(raw)
         return None, None, raw | _not_as_text(options)
     if peft_config is None:
-        method, config = methods.configure("lora" if name is None else name, options, beside=_options_beside())
+        try:
+            method, config = methods.configure("lora" if name is None else name, options, beside=_options_beside())
+        except UnknownOptionError as error:
+            if without_effect(error.field):
+                raise RefusedError(f"{error.field}: {NO_EFFECT}") from None
+            raise
         return method, config, {}
     raw = {"task_type": None, **peft_config}
     _check_peft_task(raw)

@@ -301,6 +301,18 @@ class OtherWords(TypedDict, total=False):
     num_machines: object
     num_nodes: object
     tensor_parallel_size: object
+    nproc: object
+    num_processes: object
+    world_size: object
+    tp: object
+    cp: object
+    ep: object
+    expert_parallel_size: object
+    pp: object
+    pipeline_parallel_size: object
+    zero_stage: int | str | None
+    quantization: int | str | None
+    neftune_noise_alpha: float | None
     context_parallel_size: object
     hybrid_shard_size: object
     offload_param: object

@@ -79,7 +79,12 @@ def check_distributed(
     if strategy == "fsdp2" and distributed.ep_size not in (None, 1):
         _check_experts(distributed, setup, architecture)
     for_experts = distributed.tp_size is None and distributed.ep_size not in (None, 1)
-    _check_heads(1 if for_experts else distributed.divided, architecture, model_config)
+    try:
+        _check_heads(1 if for_experts else distributed.divided, architecture, model_config)
+    except InputError as error:
+        if distributed.tp_size is not None:
+            raise
+        raise InputError("gpus", distributed.gpus, f"strategy tp divides matrices by {error.value}; {error.accepted}") from None
 
 
 def _check_experts(distributed: Distributed, setup: Setup, architecture: Architecture) -> None:

@@ -13,7 +13,7 @@ from peftplan.errors import InputError, RefusedError, quoted
 
 
 class Meaning(NamedTuple):
-    """The option that a word means. `values`: theirs in lower case → ours; None is a value that sets nothing.
+    """The option that a word means. `values`: theirs in lower case → ours, `*` any other; None is a value that sets nothing.
 
     A `switch` is on where it is typed without a value.
     """
@@ -33,6 +33,8 @@ def _switch(option: str, on: object, *words: str, **values: object) -> dict[str,
 
 
 FLASH = "flash_attention_2"
+OF_ALL_NODES = ("num_processes", "world_size")
+"""Words for the ranks of all nodes, which are those of one node where there is one."""
 MEANINGS: Mapping[str, Meaning] = {
     # method
     **_named("method", "finetuning_type", "train_type", "tuner_type", "peft_type", "adapter"),
@@ -54,6 +56,7 @@ MEANINGS: Mapping[str, Meaning] = {
     **_switch("quant", "int8", "load_in_8bit"),
     **{word: Meaning("quant", {"4": "nf4", "8": "int8", "16": "none"}) for word in ("quantization_bit", "bits")},
     **_named("quant", "bnb_4bit_quant_type", "quantization_type"),
+    "quantization": Meaning("quant", {"4": "nf4", "4bit": "nf4", "8": "int8", "8bit": "int8", "16": "none"}),
     **_switch("double_quant", True, "bnb_4bit_use_double_quant", "use_bnb_nested_quant", "double_quantization", false=False),
     **_named("compute_dtype", "bnb_4bit_compute_dtype"),
     **_named("quant_storage", "bnb_4bit_quant_storage"),
@@ -62,11 +65,13 @@ MEANINGS: Mapping[str, Meaning] = {
     **_switch("autocast", "fp16", "fp16", auto=None),
     **_named("autocast", "mixed_precision", no="none"),
     # several GPUs
-    **_named("gpus", "num_gpus", "nproc_per_node", "n_gpu"),
+    **_named("gpus", "num_gpus", "nproc_per_node", "nproc", "n_gpu", *OF_ALL_NODES),
     **_named("nodes", "nnodes", "num_machines", "num_nodes"),
-    **_named("tp_size", "tensor_parallel_size"),
-    **_named("cp_size", "context_parallel_size"),
-    **_named("sp_size"),
+    **_named("tp_size", "tensor_parallel_size", "tp"),
+    **_named("cp_size", "context_parallel_size", "cp"),
+    **_named("ep_size", "expert_parallel_size", "ep"),
+    **_named("pp_size", "pipeline_parallel_size", "pp"),
+    "zero_stage": Meaning("strategy", {str(stage): f"zero{stage}" for stage in range(4)}),
     **_named("dp_shard_size", "hybrid_shard_size"),
     **_named("offload_params", "offload_param", "fsdp_offload_params", true="cpu", false="none"),
     **_named("offload_optimizer", "offload_optimizer_device"),
@@ -79,21 +84,37 @@ MEANINGS: Mapping[str, Meaning] = {
         fa2=FLASH, sdpa="sdpa", disabled="eager", auto=None,
     ),
     **_named("attn_implementation", "attn_impl", flash_attn=FLASH, flash_attention=FLASH, fa2=FLASH),
+    "neftune_noise_alpha": Meaning("noisy_embeddings", {"none": None, "*": True}),
     **_switch("loss", "liger", "use_liger_kernel", "enable_liger_kernel", "use_liger"),
     **_switch("loss", "cut-cross-entropy", "cut_cross_entropy"),
 }  # fmt: skip
 """Another tool's word → its meaning here."""
 
-NOT_COUNTED: Mapping[str, str] = {
+REFUSED: Mapping[str, str] = {
     **dict.fromkeys(
         ("packing", "sample_packing", "padding_free"),
-        "packed batches are not supported yet; a single sequence of the packed length comes close",
+        "name a trainer that packs: trl-packed, swift-dpo-packed or swift-generative-reranker-packed (trl with FlashAttention); "
+        "the batch size is 1, and the sequence length that of all its rows",
+    ),
+    **dict.fromkeys(
+        ("model", "model_name_or_path", "model_name", "model_id", "model_id_or_path", "base_model"),
+        "the model is the first argument: peftplan estimate MODEL, peftplan.estimate(MODEL)",
     ),
     "fsdp": "accepted: --strategy fsdp2 or fsdp1 with its parameters, or --accelerate-config FILE",
     "torch_compile": "compiled kernels are not counted",
-    "neftune_noise_alpha": "noise on the embeddings is not counted",
 }
-"""Words of other tools for which peftplan has no option."""
+"""Words of other tools for which peftplan has no option → what to do instead."""
+
+NO_EFFECT = "it does not change memory: leave it out"
+
+
+def without_effect(word: str) -> bool:
+    """Whether a word is an argument of transformers' Trainer that changes no byte of a step, such as `learning_rate`."""
+    from peftplan.job.configs.facts import facts  # only an error asks
+
+    known = facts("transformers").known(word)
+    return known is not None and not known.row.get("ignored", "not counted").endswith("not counted")
+
 
 ON = ("true", "1", "yes", "on")
 OFF = ("false", "0", "no", "off")
@@ -101,8 +122,8 @@ OFF = ("false", "0", "no", "off")
 
 def refuse(word: str, typed: str, value: object) -> None:
     """Raise RefusedError for a word that is set and that no engine counts."""
-    if word in NOT_COUNTED and _text(value) not in (*OFF, "none"):
-        raise RefusedError(f"{typed}: {NOT_COUNTED[word]}")
+    if word in REFUSED and _text(value) not in (*OFF, "none"):
+        raise RefusedError(f"{typed}: {REFUSED[word]}")
 
 
 def _text(value: object) -> str:
@@ -117,7 +138,7 @@ def our_value(word: str, typed: str, value: object) -> object:
         text = "true" if text in ON else "false" if text in OFF else text
         if text not in values:
             raise InputError(typed, value, f"accepted: {', '.join(values)}")
-    return values.get(text, value)
+    return values.get(text, values.get("*", value))
 
 
 @contextmanager
@@ -140,7 +161,7 @@ def ours(options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, st
     typed: dict[str, str] = {}
     for word, value in options.items():
         option = word
-        if value is not None and word in NOT_COUNTED:
+        if value is not None and word in REFUSED:
             refuse(word, word, value)
             continue
         if word in MEANINGS:
@@ -154,7 +175,15 @@ def ours(options: Mapping[str, object]) -> tuple[dict[str, object], dict[str, st
         our_options[option] = value
         if option != word:
             typed[option] = word
+    check_nodes(typed, our_options.get("nodes"))
     return our_options, typed
+
+
+def check_nodes(typed: Mapping[str, str], nodes: object) -> None:
+    """Raise RefusedError where the ranks of all nodes stand beside a number of nodes."""
+    word = typed.get("gpus", "")
+    if nodes is not None and word.lstrip("-").replace("-", "_") in OF_ALL_NODES:
+        raise RefusedError(f"{word} counts the ranks of all nodes; beside a number of nodes say how many GPUs each has: gpus")
 
 
 def twice(first: str, second: str) -> RefusedError:

@@ -11,7 +11,7 @@ import pytest
 import peftplan
 from peftplan.distributed.strategy import Distributed
 from peftplan.job.setup import Setup
-from peftplan.job.words import MEANINGS, NOT_COUNTED
+from peftplan.job.words import MEANINGS, REFUSED
 from peftplan.methods import METHODS, config_class
 from tests.cli.run import run
 
@@ -31,7 +31,7 @@ def test_a_word_is_no_field_of_any_method_and_means_an_option() -> None:
     of_methods = {name for method in METHODS.values() for name in config_class(method).model_fields}
     described = {"task_type", "peft_type"}  # what a config says of itself; given as a keyword it names the method
     taken = (of_peft | of_methods | set(Setup.model_fields)) - described
-    assert taken.isdisjoint(MEANINGS.keys() | NOT_COUNTED.keys())
+    assert taken.isdisjoint(MEANINGS.keys() | REFUSED.keys())
     options = {meaning.option for meaning in MEANINGS.values()}
     assert options <= set(Setup.model_fields) | set(Distributed.model_fields) | of_methods | {"method"}
 
@@ -56,6 +56,15 @@ def test_a_word_is_no_field_of_any_method_and_means_an_option() -> None:
         (["--finetuning-type", "full", "--bf16"], ["--method", "full", "--autocast", "bf16"]),
         (["--lora-target", "all", "--optimizer", "adamw_torch"], ["--target-modules", "all-linear", "--optim", "adamw_torch"]),
         (["--packing", "False", "--use_liger_kernel", "False"], []),
+        (["--neftune-noise-alpha", "5"], ["--noisy-embeddings"]),
+        (["--neftune-noise-alpha", "0"], ["--noisy-embeddings"]),  # transformers: `is not None`
+        (["--quantization", "4bit"], ["--quant", "nf4"]),
+        (["--nproc", "2", "--zero-stage", "2"], ["--gpus", "2", "--strategy", "zero2"]),
+        (["--world-size", "2"], ["--gpus", "2"]),
+        (
+            ["--num-processes", "4", "--tp", "2", "--strategy", "fsdp2", "--lora-target", "c_attn"],
+            ["--gpus", "4", "--tp-size", "2", "--strategy", "fsdp2", "--target-modules", "c_attn"],
+        ),
     ],
 )
 def test_a_word_is_what_it_means(typed: list[str], ours: list[str]) -> None:
@@ -95,7 +104,19 @@ def test_serving_reads_them_too() -> None:
         ("--r 4 --set lora_rank=8", "--r and --set lora_rank set the same option: give one"),
         ("--set r=4 --set r=8", "--set r is given twice"),
         ("--format json --format csv", "--format is given twice"),
-        ("--packing", "--packing: packed batches are not supported yet; a single sequence of the packed length comes close"),
+        ("--packing",
+         "--packing: name a trainer that packs: trl-packed, swift-dpo-packed or swift-generative-reranker-packed "
+         "(trl with FlashAttention); the batch size is 1, and the sequence length that of all its rows"),
+        ("--world-size 4 --nodes 2",
+         "--world-size counts the ranks of all nodes; beside a number of nodes say how many GPUs each has: gpus"),
+        ("--zero-stage 4 --gpus 2",
+         "--zero-stage: '4' is not valid; accepted: ddp, device-map, fsdp1, fsdp2, tp, zero0, zero1, zero2, zero3"),
+        ("--model-name-or-path gpt2",
+         "--model-name-or-path: the model is the first argument: peftplan estimate MODEL, peftplan.estimate(MODEL)"),
+        ("--learning-rate 1e-4", "--learning-rate: it does not change memory: leave it out"),
+        ("--warmup-ratio=0.1", "--warmup-ratio: it does not change memory: leave it out"),
+        ("--set num_train_epochs=3", "--set num_train_epochs: it does not change memory: leave it out"),
+        ("--eval-steps 3", "no such option: --eval-steps (see --help)"),
         ("--deepspeed ds.json", "--deepspeed: cannot read 'ds.json': No such file or directory"),
         ("--r 0", "--r must be at least 1 (got 0)"),
         ("--lora_rank 0", "--lora_rank must be at least 1 (got 0)"),
@@ -113,6 +134,13 @@ def test_an_error_names_what_was_typed(command: str, line: str) -> None:
     assert (done.code, done.out, done.err) == (2, "", f"peftplan: {line}\n")
 
 
+@pytest.mark.parametrize("typed", ["--gpus 7", "--gpu 7xl4"])
+def test_tensor_parallelism_names_what_says_how_many_gpus_there_are(typed: str) -> None:
+    done = run("estimate", "llama-3.2-1b", *typed.split(), "--strategy", "tp")
+    accepted = "strategy tp divides matrices by 7; accepted: a divisor of the model's 32 attention heads"
+    assert done.err == f"peftplan: {typed.split()[0]}: 7 is not valid; {accepted}\n"
+
+
 def test_repeatable_options_and_switches_may_be_repeated() -> None:
     assert assumed_by("--gpu", "t4", "--gpu", "l4", "--set", "bias=all", "--set", "use_dora=false", "--strict", "--strict")
 
@@ -122,9 +150,14 @@ def test_an_error_of_python_names_the_keyword() -> None:
         peftplan.estimate("gpt2", r=0)
     with pytest.raises(peftplan.InputError, match=r"^lora_rank must be at least 1 \(got 0\)$"):
         peftplan.estimate("gpt2", lora_rank=0)
+    of_trainer: dict[str, Any] = {"learning_rate": 1e-4}
+    with pytest.raises(peftplan.PeftplanError, match=r"^learning_rate: it does not change memory: leave it out$"):
+        peftplan.estimate("gpt2", **of_trainer)
+    with pytest.raises(peftplan.PeftplanError, match=r"^world_size counts the ranks of all nodes"):
+        peftplan.estimate("gpt2", world_size=4, nodes=2)
     with pytest.raises(peftplan.PeftplanError, match=r"^lora_rank and r set the same option: give one$"):
         peftplan.estimate("gpt2", lora_rank=4, r=4)
-    with pytest.raises(peftplan.PeftplanError, match=r"^packing: packed batches are not supported yet"):
+    with pytest.raises(peftplan.PeftplanError, match=r"^packing: name a trainer that packs: trl-packed"):
         peftplan.estimate("gpt2", packing=True)
 
 
