@@ -12,6 +12,11 @@ from peftplan.job.configs.shell_values import PIECES, filled
 
 BETWEEN = re.compile(r"&&|\|\||;;&?|;|(?<=\s)&(?=\s|$)")
 """What stands between two commands of one line."""
+OVER_WORDS = re.compile(
+    r"""\s*(?:getopts\b|\(\(\s*\$#|\[\[?\s*(?:"?\$#"?\s+-(?:(?:gt|ne)\s+0|g[te]\s+1)\b"""
+    r"""|"?\$(?:1|\{1(?::-)?\})"?\s+(?:!=\s+(?:""|'')|=~\s+\^-|\])|-n\s+"?\$\{?1\b))"""
+)
+"""The condition of a loop over the words with which a script is called: none are assumed, so that it does not run."""
 KEYWORD = re.compile(r"\s*(if|then|elif|else|fi|case|esac|do|done|while|until|for|\{|\}|!)(?=\s|$)")
 SUBJECT = re.compile(r"\s*(\S+)\s+in(?=\s|$)")
 OF_WORDS = re.compile(r"\s|^-")
@@ -135,8 +140,12 @@ class Variables:
             self._next("if", True if word == "else" else None)
         elif word in ("fi", "esac"):
             self._close("if" if word == "fi" else "case")
+        elif word == "while" and OVER_WORDS.match(part) and "1" not in self.values:
+            self._open(word, False, condition=str(self._loops))
         elif word in ("do", "done"):
             self._loops = max(0, self._loops + (1 if word == "do" else -1))
+            if word == "done" and self._is_in("while") and self._blocks[-1].condition == str(self._loops):
+                self._close("while")
         elif word == "{" and self._is_in("test"):
             self._blocks[-1].word = "{"
         elif word == "}":

@@ -53,13 +53,17 @@ class Classes(Weights):
             self.visit(default)
             if isinstance(field, ast.Name):
                 fields[field.id] = self._inside(of_field(default))
-                self._field(field.id, fields[field.id], f"class {node.name}")
+                self._field(field.id, self.said(field.id, fields[field.id]), f"class {node.name}")
         for method in node.body:
             if isinstance(method, ast.FunctionDef) and method.name in ("__init__", "__post_init__", "__new__"):
                 any_field = None in fields_written_by(method, "self")
                 fields |= {field: f"<{field}>" for field in fields if any_field or f".{field}" in self._bound(method)}
         self.fields[node.name] = fields
         self.names.pop(node.name, None)
+
+    def said(self, field: str, default: object) -> object:
+        """What a field of a class holds in objects that the program does not make itself."""
+        return default
 
     def _methods_of(self, node: ast.ClassDef) -> set[str]:
         """A class's methods, inherited ones of the program's own classes included: `def f`, or `f = g`."""

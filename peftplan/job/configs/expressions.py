@@ -144,6 +144,8 @@ class Expressions:
             return self._item(self.value(node.value), self.value(node.slice), node)
         if isinstance(node, ast.Call):
             return self._call(node)
+        if isinstance(node, ast.DictComp):
+            return self._filtered(node)
         if isinstance(node, ast.IfExp):
             chosen = self._truth(node.test)
             if chosen is None:
@@ -174,6 +176,27 @@ class Expressions:
             operand = self.value(node.operand)
             return not operand if plain(operand) and not _is_flag_of_torch(operand) else node
         return node
+
+    def _filtered(self, node: ast.DictComp) -> object:
+        """`{k: v for k, v in items.items() if k != "x"}`: items whose keys pass the conditions."""
+        loop, names = node.generators[0], [ast.unparse(node.key), ast.unparse(node.value)]
+        of, is_items = loop.iter, isinstance(loop.iter, ast.Call) and ast.unparse(loop.iter.func).endswith(".items")
+        if len(node.generators) > 1 or not is_items or ast.unparse(loop.target).strip("()") != ", ".join(names):
+            return node
+        items = self.value(cast("ast.Attribute", cast("ast.Call", of).func).value)
+        if not isinstance(items, dict) or isinstance(items, Instance) or self.keys_unseen & items.keys():
+            return node
+        before, kept = dict(self.names), {}
+        for key, value in items.items():
+            self.names |= {names[0]: key, names[1]: value}
+            holds = [self._truth(each) for each in loop.ifs]
+            if None in holds:
+                self.names = before
+                return node
+            if all(holds):
+                kept[key] = value
+        self.names = before
+        return kept
 
     def _attribute(self, node: ast.Attribute) -> object:
         owner = self.value(node.value)

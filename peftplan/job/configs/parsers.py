@@ -31,6 +31,8 @@ OF_MODELS = (
     *("use_bnb_nested_quant", "bnb_4bit_quant_storage"),
 )
 """Fields of TRL's `ModelConfig` (trl, trainer/model_config.py)."""
+OFF = ("do_train", "do_eval", "do_predict", "fp16", "bf16", "gradient_checkpointing", "group_by_length")
+"""Switches of `TrainingArguments` that are off unless the command sets them (transformers, training_args.py)."""
 TRUTHS = ("true", "false", "yes", "no", "on", "off", "t", "f", "y", "n", "none", "")
 """Texts that a function of the program may take for something else, as the type of an option."""
 OF_TRL = {"ScriptArguments": OF_SCRIPTS, "ModelConfig": OF_MODELS}
@@ -67,6 +69,10 @@ class Parsers(Classes):
         if settings is not None:
             self.settings_of[node.name] = settings
         super().visit_ClassDef(node)
+
+    def said(self, field: str, default: object) -> object:
+        """What the command gives a field, whose object may come from a parser; else its default."""
+        return (self.command or {}).get(field, default)
 
     def _call(self, node: ast.Call) -> object:
         """How many words the command has, `len(sys.argv)`; else as any call."""
@@ -107,32 +113,33 @@ class Parsers(Classes):
             return None
         self.words_taken.update(self.command)
         rest = any(each.arg == "return_remaining_strings" and self.value(each.value) is True for each in node.keywords)
-        return [*(self._object_of(name) for name in self.parsed), *([[]] if rest else [])]
+        return [*(self._object_of(name, rest=rest) for name in self.parsed), *([[]] if rest else [])]
 
-    def _object_of(self, name: str) -> Instance:
+    def _object_of(self, name: str, *, rest: bool) -> Instance:
         command = self.command or {}
         own = self._names(name)
         fields = {
             **self.fields.get(name, {}),
             **{field: command[word] for field in own if (word := self._word(field)) in command},
         }
-        settings = self.settings_of.get(name, name)
+        settings = self.settings_of.get(name, "" if name in self.declared else name)
         if not settings.endswith(SETTINGS):
             return Instance(fields)
         taken = {self._word(field) for each in self.parsed for field in self._names(each)}
-        rest = {key: value for key, value in command.items() if key not in taken and key not in launcher_words(command)}
+        others = {key: value for key, value in command.items() if key not in taken and key not in launcher_words(command)}
         of_library = (facts("transformers").schema, facts("trl").schema)
-        if any(self._is_unseen(each) for each in self.parsed):
-            rest = {key: value for key, value in rest.items() if any(key in schema for schema in of_library)}
+        if rest or any(self._is_unseen(each) for each in self.parsed):
+            others = {key: value for key, value in others.items() if any(key in schema for schema in of_library)}
         known = {key: value for key, value in fields.items() if plain(value) and any(key in schema for schema in of_library)}
         if name not in self.of_parser:
             self.of_parser[name] = ast.parse(f"{settings}()", mode="eval").body  # type: ignore[assignment]
         node = self.of_parser[name]
         if node not in self.nodes.values():
-            call: Call = {"call": settings, "args": [], "kwargs": {**known, **rest}}
+            call: Call = {"call": settings, "args": [], "kwargs": {**known, **others}}
             self.calls.append(call)
             self.nodes[id(call)] = node
-        return Instance({**fields, **rest}, made_by=[node])
+        off = dict.fromkeys(OFF, False) if settings.endswith("TrainingArguments") else {}
+        return Instance({**off, **fields, **others}, made_by=[node])
 
     def _names(self, name: str) -> list[str]:
         """The fields of a class that the parser has, those of the library's settings left out."""

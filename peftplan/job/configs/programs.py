@@ -13,6 +13,7 @@ from peftplan import files
 from peftplan.errors import InputError
 from peftplan.job.configs import saved_notebooks
 from peftplan.job.configs.assignments import SETTINGS
+from peftplan.job.configs.bindings import own_names
 from peftplan.job.configs.calls import Calls
 from peftplan.job.configs.data_files import MOST_ABOVE
 from peftplan.job.configs.documents import CELL, MOST_BYTES, BrokenFileError, Call, Document, Values
@@ -151,7 +152,35 @@ def _of_module(node: ast.ImportFrom, file: str) -> list[ast.stmt]:
     for each in ast.walk(tree):
         vars(each).pop("lineno", None)  # of another file
     bound = [ast.Assign([ast.Name(str(each.asname), ast.Store())], ast.Name(each.name, ast.Load())) for each in renamed]
-    return [*(each for each in tree.body if isinstance(each, DEFINITIONS)), *bound]
+    return [*_needed([each for each in tree.body if isinstance(each, DEFINITIONS)], {each.name for each in node.names}), *bound]
+
+
+def _needed(definitions: list[ast.stmt], names: set[str]) -> list[ast.stmt]:
+    """Of a module's definitions those that an import of some names needs: a function of the same name as one of the program,
+    which the program does not import, is none of its own."""
+    bound = [{name for node in _targets(each) for name in own_names(node)} for each in definitions]
+    if "*" in names or not names:
+        return definitions
+    mentioned = [{node.id for node in ast.walk(each) if isinstance(node, ast.Name)} for each in definitions]
+    always = [not own or any(name.startswith(".") for name in own) for own in bound]
+    kept = [False] * len(definitions)
+    while more := [at for at, own in enumerate(bound) if not kept[at] and (always[at] or own & names)]:
+        for at in more:
+            kept[at] = True
+            names = names | mentioned[at]
+    return [each for at, each in enumerate(definitions) if kept[at] or isinstance(each, (ast.Import, ast.ImportFrom))]
+
+
+def _targets(node: ast.stmt) -> Iterator[ast.AST]:
+    """The parts of a definition that bind names."""
+    if isinstance(node, ast.Assign):
+        yield from (each for target in node.targets for each in ast.walk(target))
+    elif isinstance(node, ast.AnnAssign):
+        yield from ast.walk(node.target)
+    elif isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield from node.names
+    else:
+        yield node
 
 
 def _without_magics(source: str) -> str:

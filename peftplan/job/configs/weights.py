@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from peftplan.arch import catalogue
 from peftplan.job.configs.documents import Values
+from peftplan.job.configs.expressions import dotted
 from peftplan.job.configs.instances import Instance, plain
 from peftplan.job.configs.objects import Objects
 from peftplan.job.configs.order import loads_model, trains
@@ -26,8 +27,9 @@ PLACED = ("device_map", "quantization_config", "load_in_4bit", "load_in_8bit")
 """Arguments that load a model on the device or quantize it, so that a cast has a peak of its own."""
 
 
-MEMBERS = ("parameters", "named_parameters", "modules", "named_modules", "children", "named_children")
-"""Methods of a module that go through its parts."""
+MODULES = ("modules", "named_modules", "children", "named_children")
+MEMBERS = ("parameters", "named_parameters", *MODULES)
+"""Methods of a module that go through its parts; of them those whose parts a cast changes in place."""
 
 
 class Weights(Objects):
@@ -53,6 +55,8 @@ class Weights(Objects):
         """Calls that made the models of trainers, as an earlier reading found."""
         self.members: dict[str, Instance | None] = {}
         """Name of a loop over the parts of a model → the model."""
+        self.modules: frozenset[str] = frozenset()
+        """Of them, names of a loop over modules."""
 
     def freezes(self, called_elsewhere: Collection[str]) -> bool:
         """Whether the program freezes weights of what it trains itself. `called_elsewhere`: functions that others may call."""
@@ -65,6 +69,8 @@ class Weights(Objects):
     def visit_Assign(self, node: ast.Assign) -> None:
         """`parameter.requires_grad = False`, `parameter.data = parameter.data.float()`, `model.lm_head = Head()`."""
         super().visit_Assign(node)
+        if self._casts(node.value) and isinstance(node.value, ast.Call) and dotted(node.value.func).split(".")[0] in self.modules:
+            self._note_part()  # module = module.to(torch.float32)
         for target in (each for each in node.targets if isinstance(each, ast.Attribute)):
             if target.attr == "requires_grad":
                 self._note_frozen(self.value(node.value), target)
@@ -94,12 +100,13 @@ class Weights(Objects):
         through = node.iter
         while isinstance(through, ast.Call) and not (isinstance(through.func, ast.Attribute) and through.func.attr in MEMBERS):
             through = through.args[0] if through.args else through.func
-        outer = self.members
-        if isinstance(through, ast.Call):
+        outer = self.members, self.modules
+        if isinstance(through, ast.Call) and isinstance(through.func, ast.Attribute):
             names = [each.id for each in ast.walk(node.target) if isinstance(each, ast.Name)]
-            self.members = {**outer, **dict.fromkeys(names, self._model_of(through))}
+            self.members = {**self.members, **dict.fromkeys(names, self._model_of(through))}
+            self.modules |= frozenset(names if through.func.attr in MODULES else ())
         super().visit_For(node)
-        self.members = outer
+        self.members, self.modules = outer
 
     def _model_of(self, part: ast.expr) -> Instance | None:
         """The model whose part an expression is."""

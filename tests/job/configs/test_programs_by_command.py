@@ -1,0 +1,92 @@
+"""Programs that a shell script runs: what of the command reaches the trainer."""
+
+from pathlib import Path
+
+import pytest
+
+from peftplan.job.configs.read import read_config
+from tests.job.configs.test_commands import PROGRAM
+
+
+@pytest.mark.parametrize("condition", ["[[ $# -gt 0 ]]", '[[ "$1" != "" ]]', '[ "$1" != "" ]', "getopts m: name", '[ -n "$1" ]'])
+def test_a_loop_over_words_that_nobody_gives_does_not_run(tmp_path: Path, condition: str) -> None:
+    loop = f'while {condition}; do\n  case $1 in\n    -m) MODEL="$2"; shift 2 ;;\n    *) exit 1 ;;\n  esac\ndone\n'
+    (tmp_path / "train.py").write_text(PROGRAM)
+    (tmp_path / "run.sh").write_text(f"MODEL=gpt2\n{loop}python train.py --model_name_or_path $MODEL --output_dir o\n")
+    plan = read_config(tmp_path / "run.sh")
+    assert plan.model == "gpt2"
+    assert "condition" not in plan.assumed
+    (tmp_path / "run.sh").write_text(f"MODEL=gpt2\n{loop.replace('$#', '$N').replace('$1', '$N').replace('getopts', 'read')}"
+                                     "python train.py --model_name_or_path $MODEL --output_dir o\n")  # fmt: skip
+    assert read_config(tmp_path / "run.sh").model != "gpt2"
+
+
+def test_a_tokenizer_cuts_where_the_command_says(tmp_path: Path) -> None:
+    cut = "    cut = lambda texts, tokenizer: tokenizer(texts, max_length=tokenizer.model_max_length, truncation=True)\n"
+    program = PROGRAM.replace("    Trainer(", cut + "    Trainer(")
+    (tmp_path / "train.py").write_text(program)
+    (tmp_path / "run.sh").write_text("python train.py --output_dir o --model_max_length 2048\n")
+    assert read_config(tmp_path / "run.sh").options["seq_len"] == 2048
+    (tmp_path / "run.sh").write_text("python train.py --output_dir o\n")
+    assert read_config(tmp_path / "run.sh").options["seq_len"] == 512
+
+
+def test_words_that_a_program_leaves_decide_nothing(tmp_path: Path) -> None:
+    (tmp_path / "run.sh").write_text(
+        "python -m torch.distributed.launch --nproc_per_node=2 --use_env train.py --output_dir o --data_length 9 --bf16 True\n"
+    )
+    (tmp_path / "train.py").write_text(PROGRAM)
+    assert "args.data_length" in read_config(tmp_path / "run.sh").unsupported
+    (tmp_path / "train.py").write_text(
+        PROGRAM.replace("model_args, training_args = parser.parse_args_into_dataclasses()",
+                        "model_args, training_args, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True)")
+    )  # fmt: skip
+    plan = read_config(tmp_path / "run.sh")
+    assert plan.unsupported == {}
+    assert plan.options["gpus"] == 2
+
+
+def test_a_function_that_is_not_imported_is_no_part_of_a_program(tmp_path: Path) -> None:
+    (tmp_path / "base.py").write_text(PROGRAM.replace("def main", "def helper():\n    return 1\n\ndef main"))
+    (tmp_path / "train.py").write_text("from base import ModelArguments, helper\n" + PROGRAM.replace("lora_r: int", "rank: int")
+                                       .replace("model_args.lora_r", "model_args.rank") + "\nhelper()\n")  # fmt: skip
+    (tmp_path / "run.sh").write_text("python train.py --output_dir o --rank 2\n")
+    plan = read_config(tmp_path / "run.sh")
+    assert plan.options["r"] == 2
+    assert plan.unsupported == {}
+    assert not [why for why in plan.assumed.values() if "several times" in why]
+
+
+QLORA = """
+import argparse, os
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from peft import LoraConfig, get_peft_model
+import torch
+args, = HfArgumentParser((Seq2SeqTrainingArguments,)).parse_args_into_dataclasses()
+dtype = torch.float16 if args.fp16 else (torch.bfloat16 if args.bf16 else torch.float32)
+memory = {i: "80000MB" for i in range(torch.cuda.device_count())}
+model = AutoModelForCausalLM.from_pretrained(
+    "huggyllama/llama-7b", load_in_4bit=True, max_memory=memory,
+    quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+)
+model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj"]))
+CASTS
+data = dict(train_dataset=1, predict_dataset=2)
+Seq2SeqTrainer(model=model, args=args, **{k: v for k, v in data.items() if k != "predict_dataset"}).train()
+"""
+
+
+def test_a_quantization_config_wins_over_an_argument(tmp_path: Path) -> None:
+    (tmp_path / "run.sh").write_text("python train.py --output_dir o --bf16\n")
+    (tmp_path / "train.py").write_text(QLORA.replace("CASTS", ""))
+    plan = read_config(tmp_path / "run.sh")
+    assert (plan.options["quant"], plan.options["compute_dtype"]) == ("nf4", "bf16")
+    assert plan.unsupported == {}
+    assert "max_memory" in plan.assumed
+
+
+def test_a_cast_of_every_module_of_a_kind_has_no_peak(tmp_path: Path) -> None:
+    casts = "for name, module in model.named_modules():\n    if 'norm' in name:\n        module = module.to(torch.float32)\n"
+    (tmp_path / "run.sh").write_text("python train.py --output_dir o --bf16\n")
+    (tmp_path / "train.py").write_text(QLORA.replace("CASTS", casts))
+    assert "parts.call" in read_config(tmp_path / "run.sh").unsupported
