@@ -100,14 +100,16 @@ def part_before(place: str, parts: Mapping[str, Container[str]]) -> str:
 
 def refuse_unplaced(arch: Architecture, adaptation: Adaptation) -> None:
     """Raise RefusedError if a layer has no part that one of its adapters could follow."""
-    for stack in _stacks(arch):
-        parts: dict[str, set[str]] = {}
+    for stack, layers in _stacks(arch).items():
+        places = [place for place in PLACES if any(t.name.startswith(f"{stack}.{place}.") for t in adaptation.added)]
+        parts_of: dict[int, dict[str, set[str]]] = {layer: {} for layer in layers}
         for module in arch.modules:
             if module.layers is not None and _layer_of(module) == stack:
                 part, inner, *_ = (*module.name[len(stack) + 1 :].split("."), "")
-                parts.setdefault(part, set()).add(inner)
-        for place in PLACES:
-            if any(t.name.startswith(f"{stack}.{place}.") for t in adaptation.added):
+                for layer in module.layers:
+                    parts_of[layer].setdefault(part, set()).add(inner)
+        for parts in parts_of.values():
+            for place in places:
                 part_before(place, parts)
 
 

@@ -22,6 +22,7 @@ from tests.memory.engines import BATCH, LLAMA, OFF, PLAIN, TOKENS, TOLERANCE, TR
         ("houlsby", "bloom-560m", {**PLAIN, "bottleneck_size": 24}),
         ("houlsby", "phi-1-5", OFF),
         ("houlsby", "modernbert-base", OFF),
+        ("pfeiffer", "lfm2-350m", {**TRAINER, "padding": True}),
     ],
 )
 def test_each_phase_peaks_where_the_trace_does(method: str, model: str, options: dict[str, Any]) -> None:
@@ -33,10 +34,13 @@ def test_each_phase_peaks_where_the_trace_does(method: str, model: str, options:
     assert analytic == {phase: pytest.approx(nbytes, rel=TOLERANCE) for phase, nbytes in traced.items()}
 
 
-@pytest.mark.parametrize("model", ["bert-base-cased", "mt0-small"])
-@pytest.mark.parametrize("method", ["houlsby", "pfeiffer"])
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [(method, model) for method in ("houlsby", "pfeiffer") for model in ("bert-base-cased", "mt0-small")]
+    + [("houlsby", "lfm2-350m")],
+)
 def test_both_engines_refuse_the_same_layers(method: str, model: str) -> None:
-    """BERT's parts have norms of their own, T5's layers hold no part by these names."""
+    """BERT's parts have norms of their own, T5's layers hold no part by these names; LFM2's first ones have a convolution."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     reasons = []

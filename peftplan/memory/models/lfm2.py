@@ -29,7 +29,8 @@ def layer(c: Call, x: Tensor) -> Tensor:
     mixed = c.module(name, normed, mixer, by_name=True)
     del normed
     mixed = ops.add(c.at(), mixed, x)
-    return ops.add(c.at(), mixed, c.module("feed_forward", c.norm("ffn_norm", mixed), feed_forward))
+    out = c.behind("output", c.module("feed_forward", c.norm("ffn_norm", mixed), feed_forward))
+    return ops.add(c.at(), mixed, out)
 
 
 def feed_forward(c: Call, x: Tensor) -> Tensor:
