@@ -72,10 +72,12 @@ SHORTEST_BEGINNING = 2
 
 
 def nearest(name: str, choices: Sequence[str], *, most: int = 3, cutoff: float = SIMILAR) -> list[str]:
-    """The choices that read most like `name`, best first; those that begin with it, its last number whole, before all others."""
+    """The choices that read most like `name`, best first; those that begin with it, its last number whole,
+    and those of the same letters before all others."""
     longer = [choice for choice in choices if len(name) >= SHORTEST_BEGINNING and choice.startswith(name)]
+    swapped = [choice for choice in choices if sorted(choice) == sorted(name)]
     longer = [choice for choice in longer if not (name[-1].isdigit() and choice[len(name) : len(name) + 1].isdigit())]
-    return list(dict.fromkeys((*longer, *_similar(name, tuple(choices), most, cutoff))))[:most]
+    return list(dict.fromkeys((*longer, *swapped, *_similar(name, tuple(choices), most, cutoff))))[:most]
 
 
 @lru_cache(maxsize=4096)

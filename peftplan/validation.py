@@ -51,11 +51,9 @@ def size_in_bytes(value: object, *, field: str) -> int:
 
 def paths(value: object, *, field: str) -> list[str | os.PathLike[str]]:
     """A path, or several, as a list. Raises BoundError for anything else."""
-    if isinstance(value, (str, os.PathLike)):
-        return [value]
-    several = list(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else [value]
+    several = list(value) if isinstance(value, Iterable) and not isinstance(value, (str, os.PathLike, Mapping)) else [value]
     named = [path for path in several if isinstance(path, (str, os.PathLike))]
-    if len(named) < len(several):
+    if len(named) < len(several) or "" in named:
         raise BoundError(field, value, "a path or a list of paths")
     return named
 

@@ -92,7 +92,8 @@ def _reason(error: Exception, errors: ModuleType) -> str:
         return f"{site} requires a valid token: check HF_TOKEN"
     if status is not None:
         return f"{site} answers with HTTP status {status}"
-    return f"{site} {UNREACHABLE} ({type(error).__name__})"
+    instead = f"without a connection, name a built-in model or the path of a {CONFIG_NAME}"
+    return f"{site} {UNREACHABLE} ({type(error).__name__}); {instead}"
 
 
 def _offline() -> bool:

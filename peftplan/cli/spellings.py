@@ -67,8 +67,10 @@ class Translation:
 
     def _ours(self, option: click.Option, spelling: str, typed: str, attached: str | None, rest: list[str]) -> Iterator[str]:
         if option.is_flag:
-            attached = attached or _next(rest, ("true", "false", "True", "False"))
-            on = (attached or "true").lower() in ON
+            attached = _next(rest, ("true", "false")) if attached is None else attached
+            on = attached is None or attached.lower() in ON
+            if attached is not None and attached.lower() not in (*ON, *OFF):
+                raise InputError(typed, attached, "accepted: true, false")
             if on or option.secondary_opts:
                 self._set_by(option, typed)
                 yield spelling if on else _other(option, spelling)

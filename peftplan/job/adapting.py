@@ -8,7 +8,7 @@ from pydantic import ConfigDict
 
 import peftplan.methods as methods
 from peftplan.arch.modules import Architecture
-from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError, UnknownOptionError
+from peftplan.errors import InputError, MissingExtraError, RefusedError, UnknownNameError, UnknownOptionError, nearest
 from peftplan.job import sources
 from peftplan.job.setup import Setup
 from peftplan.job.tasks import as_told
@@ -72,6 +72,7 @@ def method_of(
     except NeedsPeftError:
         if presets:
             raise
+        _check_peft_type(_peft_type(raw))
         return named_method, None, raw | _not_as_text(options)
 
 
@@ -85,6 +86,13 @@ def _check_peft_task(raw: Mapping[str, object]) -> None:
     task = getattr(raw.get("task_type"), "value", raw.get("task_type"))
     if task is not None and (not isinstance(task, str) or task not in PEFT_TASKS):
         raise UnknownNameError("peft_config: task_type", task, PEFT_TASKS)
+
+
+def _check_peft_type(name: str) -> None:
+    """Raise UnknownNameError for a misspelled type, before peft is loaded, which may know a type that peftplan does not."""
+    known = (*methods.OTHER_PEFT_TYPES, *(method.peft_type for method in methods.METHODS.values() if method.peft_type))
+    if name not in known and (near := nearest(name.upper(), known, most=1)):
+        raise UnknownNameError("peft_config: peft_type", name, set(known), meant={name.lower(): near[0]})
 
 
 def _peft_type(raw: Mapping[str, object]) -> str:

@@ -141,8 +141,8 @@ def _check_trainer(setup: Setup) -> None:
     if setup.optim in OF_AUTOMODEL and not by.own_lora:
         near = " or ".join(nearest(setup.optim, sorted(OPTIMIZERS)))
         raise RefusedError(
-            f"optim: {by.called} makes no {setup.optim}, which NeMo Automodel's recipe does; add --trainer automodel "
-            f"(did you mean {near}?)"
+            f"optim: {by.called} makes no {setup.optim}; did you mean {near}? NeMo Automodel's recipe makes it "
+            "(--trainer automodel)"
         )
     if by.makes_optimizer and str(setup.optim).endswith("layerwise") and setup.gradient_accumulation_steps > 1:
         raise RefusedError(

@@ -134,7 +134,7 @@ def _config_object(peft_config: Mapping[str, Any] | Any, task_type: str | None) 
         fields = {key: value for key, value in peft_config.items() if key not in NOT_PEFTS}
         types = {t.value for t in peft.PeftType}
         if fields.get("peft_type") not in types:
-            raise UnknownNameError("peft_type", fields.get("peft_type"), types)
+            raise UnknownNameError("peft_config: peft_type", fields.get("peft_type"), types)
         method = peft.PeftConfig.from_peft_type(**fields)
     else:
         method = copy.deepcopy(peft_config)

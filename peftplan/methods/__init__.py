@@ -153,12 +153,12 @@ UNSET: tuple[object, ...] = (None, False, {}, [], ())
 """Values that leave a feature off. A field that is unknown here may have one of them."""
 
 
-def method_named(name: object) -> Method:
+def method_named(name: object, field: str = "method") -> Method:
     """The method of that name. Case is ignored, and `_` equals `-`."""
     key = name.strip().lower().replace("_", "-") if isinstance(name, str) else None
     if key is None or key not in METHODS:
         others = (other.lower().replace("_", "-") for other in OTHER_PEFT_TYPES)
-        raise UnknownNameError("method", name, (*METHODS, *others))
+        raise UnknownNameError(field, name, (*METHODS, *others))
     return METHODS[key]
 
 

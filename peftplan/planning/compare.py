@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from peftplan.distributed.names import DEFAULT, STRATEGIES
-from peftplan.errors import InputError, MissingExtraError, PeftplanError, UnknownNameError
+from peftplan.errors import BoundError, InputError, MissingExtraError, PeftplanError, UnknownNameError
 from peftplan.frames import as_html, dataframe
 from peftplan.job.launch import FILES, launch_options
 from peftplan.job.prepare import prepare
@@ -155,6 +155,10 @@ def compare(
         rows += [way.named(row, len(ways)) for row in _rows(method, result, _adapter_bytes(model, fields))]
     if errors and len(errors) == len(jobs):
         raise errors[0]
+    for refused in errors:
+        takers = sum(isinstance(refused, BoundError) and refused.field in fields for _, fields, _ in jobs)
+        if takers and takers == sum(str(other) == str(refused) for other in errors):
+            raise refused  # a value that no method takes that has such an option
     return Comparison(name, tuple(rows), engine, over)
 
 

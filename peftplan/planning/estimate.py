@@ -79,14 +79,9 @@ def estimate(
         raise UnknownNameError("engine", engine, ENGINES)
     if advice not in SEARCHES:
         raise UnknownNameError("advice", advice, SEARCHES)
-    gpu, count = _counted(gpu)
+    gpu, count = cards_and_number(gpu)
     with named_as_typed({"method": method, **options}) as our_options:
-        if count is not None and our_options.get("gpus") is not None:
-            raise OptionError(
-                "gpus", our_options["gpus"], f"the card says how many there are ({count}x…); accepted: one of the two"
-            )
-        if count is not None:
-            our_options["gpus"] = count
+        our_options.update(number_of_gpus(count, our_options))
         config_document: ConfigDocument | None = None
         of_file: tuple[str, ...] = ()
         places: Mapping[str, str] = {}
@@ -139,7 +134,14 @@ def _of_key(error: InputError, document: ConfigDocument, places: Mapping[str, st
     )
 
 
-def _counted(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | None, int | None]:
+def number_of_gpus(count: int | None, options: Mapping[str, object]) -> dict[str, int]:
+    """The option for the number that stands before a card. Raises OptionError beside one."""
+    if count is not None and options.get("gpus") is not None:
+        raise OptionError("gpus", options["gpus"], f"the card says how many there are ({count}x…); accepted: one of the two")
+    return {} if count is None else {"gpus": count}
+
+
+def cards_and_number(gpu: str | Iterable[str] | None) -> tuple[str | Iterable[str] | None, int | None]:
     """The names of cards without how many there are of each, and how many. Raises RefusedError for several numbers."""
     groups = counted_cards(gpu)
     if len(groups) > 1:

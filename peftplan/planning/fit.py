@@ -17,7 +17,7 @@ from peftplan.job.requirements import accepted_batch
 from peftplan.job.setup import Engine
 from peftplan.planning.choosing import smallest_gpu
 from peftplan.planning.divided import divided
-from peftplan.planning.estimate import estimate
+from peftplan.planning.estimate import cards_and_number, estimate, number_of_gpus
 from peftplan.planning.fit_model import model_plan
 from peftplan.planning.fit_result import CEILINGS, Binding, Fit, OtherCard, Plan
 from peftplan.planning.fit_traced import GUESSES, largest_traced
@@ -118,7 +118,9 @@ def fit(
         raise OptionError("min_seq_len", min_seq_len, "keep names seq_len, which no plan may change then")
     if methods is not None and "method" in fixed:
         raise OptionError("methods", methods, "keep names method, which no plan may change then")
-    cards = find_cards(gpu)
+    names, count = cards_and_number(gpu)
+    options = job_options(options, number_of_gpus(count, options))
+    cards = find_cards(names)
     if isinstance(gpu, str) and len(cards) != 1:
         raise InputError("gpu", gpu, "accepted: one card, such as rtx-4090, a capacity such as 24GiB, or a list of them")
     accepted = ("fits", "tight") if allow_tight else ("fits",)

@@ -38,10 +38,10 @@ def known_methods(names: object, field: str = "method") -> tuple[str, ...]:
     each = tuple(value) if isinstance(value := listed(names), Iterable) else ()
     once = tuple(dict.fromkeys(name for name in each if isinstance(name, str) and name))
     if not once or not all(isinstance(name, str) for name in each):
-        raise InputError(field, names, "accepted: names of methods (`peftplan methods`), comma-separated or in a list")
+        raise InputError(field, names or "", "accepted: names of methods (`peftplan methods`), comma-separated or in a list")
     for name in once:
         if other_peft_type(name) is None:
-            method_named(name)
+            method_named(name, field)
     return once
 
 

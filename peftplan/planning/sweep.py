@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from peftplan.errors import BoundError, InputError, MissingExtraError, RefusedError
 from peftplan.job.words import MEANINGS
 from peftplan.planning.axes import Values, separated, values_of
+from peftplan.planning.estimate import cards_and_number, number_of_gpus
 from peftplan.planning.for_method import ONE_POINT, base_of, known_methods
 from peftplan.planning.sweep_grid import MOST_REFUSED, SIZES, Grid, first_of
 from peftplan.planning.sweep_points import Chunk, blocks
@@ -168,7 +169,9 @@ def sweep(
     methods = known_methods(axes.pop("method") if "method" in axes else single.pop("method", "lora") or "lora", "method")
     if renamed.get("peft_config") is not None and "method" not in renamed:
         methods = ("",)
-    cards = find_cards(gpu, context=context)
+    names, count = cards_and_number(gpu)
+    single.update(number_of_gpus(count, renamed))
+    cards = find_cards(names, context=context)
     grid = Grid(models, methods, axes, single)
     rows = grid.num_points() * max(len(cards), 1)
     if most_rows is not None and rows > most_rows:

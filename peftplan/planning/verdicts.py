@@ -109,6 +109,8 @@ def _takes_fp16(card: "Gpu", setup: Setup) -> bool:
 
 _COUNTED = re.compile(r"\s*([0-9]+)\s*[x×]\s*(?=\S)", re.IGNORECASE)
 """How many of a card: the `8x` of `8xh100-80gb`."""
+_MISCOUNTED = re.compile(r"\s*[-+]?[0-9.]+\s*[x×]", re.IGNORECASE)
+OF_A_CARD = f"accepted: 1 to {MOST_RANKS:,} of a card, such as 8xh100-80gb"
 
 
 def counted_cards(gpu: str | Iterable[str] | None) -> list[tuple[int | None, tuple[str, ...]]]:
@@ -122,6 +124,8 @@ def counted_cards(gpu: str | Iterable[str] | None) -> list[tuple[int | None, tup
     for name in (gpu,) if isinstance(gpu, str) else gpu:
         for one in name.split(",") if isinstance(name, str) else (name,):
             counted = _COUNTED.match(one) if isinstance(one, str) else None
+            if counted is None and isinstance(one, str) and _MISCOUNTED.match(one):
+                raise InputError("gpu", one, OF_A_CARD)
             by_count.setdefault(_number(counted) if counted else None, []).append(one[counted.end() :] if counted else one)
     return [(count, tuple(names)) for count, names in by_count.items()]
 
@@ -130,7 +134,7 @@ def _number(counted: re.Match[str]) -> int:
     """How many of a card there are. Raises InputError."""
     digits = counted[1].lstrip("0") or "0"
     if len(digits) > len(str(MOST_RANKS)) or not 1 <= int(digits) <= MOST_RANKS:
-        raise InputError("gpu", counted.string, f"accepted: 1 to {MOST_RANKS:,} of a card, such as 8xh100-80gb")
+        raise InputError("gpu", counted.string, OF_A_CARD)
     return int(digits)
 
 

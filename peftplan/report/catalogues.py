@@ -38,7 +38,7 @@ def method(name: str, *, fmt: str) -> None:
     """One method's fields with their defaults."""
     from peftplan.methods import config_class, method_named
 
-    entry = method_named(name)
+    entry = method_named(name, "name")
     config = config_class(entry)
     cells, facts = [], []
     for key, field in config.model_fields.items():

@@ -34,7 +34,7 @@ def refused(*args: str) -> str:
         ("inspect nothing", ["MODEL", "'nothing'"]),
         ("estimate ./nothing.json", ["MODEL", "'./nothing.json'", "no such file"]),
         ("estimate gpt2 --method lra", ["method", "'lra'", "did you mean lora", "qlora"]),
-        ("methods lra", ["method", "'lra'", "did you mean lora"]),
+        ("methods lra", ["NAME", "'lra'", "did you mean lora"]),
         ("estimate gpt2 --dtype fp31", ["dtype", "'fp31'", "bf16, fp16, fp32"]),
         ("estimate gpt2 --adapter-dtype int8", ["--adapter-dtype", "'int8'", "bf16, fp16, fp32"]),
         ("estimate gpt2 --compute-dtype int8 --quant nf4", ["--compute-dtype", "'int8'", "bf16, fp16, fp32"]),
@@ -46,6 +46,19 @@ def refused(*args: str) -> str:
         ("estimate gpt2 --transformers v5", ["transformers: 'v5'", "a version such as 5.3"]),
         ("estimate gpt2 --gpu 24", ["gpu", "'24'", "peftplan gpus", "24GiB"]),
         ("estimate gpt2 --gpu t4,rtx-4091", ["gpu", "'rtx-4091'", "rtx-4090"]),
+        # what was taken, or said of another option
+        ("estimate gpt2 --gradient-checkpointing=maybe", ["--gradient-checkpointing: 'maybe' is not valid; accepted: true"]),
+        ("estimate gpt2 --gradient-checkpointing=", ["--gradient-checkpointing: '' is not valid; accepted: true, false"]),
+        ("estimate gpt2 --gpu t4 --require-fit=perhaps", ["--require-fit: 'perhaps' is not valid; accepted: true, false"]),
+        ("compare gpt2 --r abc", ["--r must be a whole number (got 'abc')"]),
+        ("compare gpt2 --r 0 --gpu t4", ["--r must be at least 1 (got 0)"]),
+        ("compare gpt2 --method ,", ["--method: '' is not valid"]),
+        ("fit gpt2 --gpu t4 --methods lroa", ["--methods: 'lroa' is not valid; did you mean lora"]),
+        ("methods zzz", ["NAME: 'zzz' is not valid"]),
+        ("estimate gpt2 --gpu 8x", ["--gpu: '8x' is not valid; accepted: 1 to 131,072 of a card, such as 8xh100-80gb"]),
+        ("estimate gpt2 --gpu -1xt4", ["--gpu: '-1xt4' is not valid; accepted: 1 to 131,072 of a card"]),
+        ("estimate gpt2 --gpu 2.5xt4", ["--gpu: '2.5xt4' is not valid; accepted: 1 to 131,072 of a card"]),
+        ("estimate --config=", ["--config must be a path or a list of paths (got '')"]),
         ("estimate gpt2 --gpu 0GiB", ["gpu", "'0GiB'", "above zero"]),
         ("estimate gpt2 --optim adam", ["optim", "makes no adam", "did you mean adamw_"]),
         ("estimate gpt2 --require-fit", ["--require-fit", "--gpu"]),
@@ -283,3 +296,17 @@ def test_an_endless_file_is_not_read_to_its_end() -> None:
         pytest.skip("no /dev/zero here")
     for command in (("estimate", "/dev/zero"), ("estimate", "gpt2", "--peft-config", "/dev/zero")):
         assert "'/dev/zero'" in refused(*command)
+
+
+def test_a_misspelled_peft_type_is_refused_without_peft(tmp_path: Path) -> None:
+    """It took 26 seconds of imports, and the error did not name the option."""
+    path = tmp_path / "adapter_config.json"
+    path.write_text('{"peft_type": "LROA"}')
+    line = refused("estimate", "gpt2", "--peft-config", str(path))
+    assert "--peft-config: peft_type: 'LROA' is not valid; did you mean LORA? accepted: ADALORA, " in line
+
+
+def test_a_launch_file_is_not_nested_too_deeply(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text("[" * 100_000)
+    assert "it is nested too deeply" in refused("estimate", "gpt2", "--gpus", "2", "--deepspeed", str(path))

@@ -396,3 +396,14 @@ def test_lengths_are_searched_above_the_completions_that_a_trainer_writes() -> N
     assert long.size > 3072
     none = fit("qwen2.5-7b", method="full", max_completion_length=4096, **typed).plans[0]
     assert (none.size, none.seq_len) == (0, 4097)
+
+
+def test_a_card_is_counted_in_python_as_on_the_command_line() -> None:
+    """`fit --gpu 2xt4` was read, `fit(gpu="2xt4")` refused; so was `sweep`."""
+    counted = peftplan.fit("gpt2", gpu="2xt4", methods=["lora"])
+    assert counted == peftplan.fit("gpt2", gpu="t4", gpus=2, methods=["lora"])
+    assert isinstance(peftplan.fit("gpt2", gpu=["2xt4"], methods=["lora"]), tuple)
+    with pytest.raises(InputError, match=r"gpus: the card says how many there are \(2x…\)"):
+        peftplan.fit("gpt2", gpu="2xt4", gpus=2)
+    (row,) = peftplan.sweep("gpt2", gpu="2xt4").records()
+    assert (row["gpu"], row["needed_bytes"]) == ("t4", peftplan.estimate("gpt2", gpu="2xt4").gpus[0].needed_bytes)

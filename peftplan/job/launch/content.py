@@ -14,6 +14,7 @@ MOST_BYTES = 2**20
 """Launch files have a few KB."""
 MOST_NODES = 10_000
 """Values of a YAML document, those behind aliases counted each time."""
+TOO_DEEP = "it is nested too deeply; accepted: a file of fields with values"
 ON = ("true", "yes", "on", "1")
 OFF = ("false", "no", "off", "0")
 
@@ -43,7 +44,9 @@ def _json(text: str, source: object, field: str) -> object:
         return json.loads(text, object_pairs_hook=once)
     except InputError:
         raise
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise InputError(field, str(source), TOO_DEEP) from None
+    except ValueError as error:
         raise InputError(field, str(source), f"not a JSON file: {error}") from None
 
 
@@ -56,7 +59,9 @@ def _yaml(text: str, source: object, field: str) -> object:
         return yaml.safe_load(text)
     except InputError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise InputError(field, str(source), TOO_DEEP) from None
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark is not None else ""
         raise InputError(field, str(source), f"not a YAML file: {where}{getattr(error, 'problem', None) or error}") from None
