@@ -46,7 +46,7 @@ def test_both_engines_refuse_the_same_layers(method: str, model: str) -> None:
     reasons = []
     for engine in ("analytic", "trace"):
         with pytest.raises(RefusedError, match="without a norm of its own") as refused:
-            estimate(shallow(model, 2), method=method, engine=engine, trainer="plain", seq_len=32)  # type: ignore[arg-type]
+            estimate(shallow(model, 3), method=method, engine=engine, trainer="plain", seq_len=32)  # type: ignore[arg-type]
         reasons.append(str(refused.value))
     assert reasons[0] == reasons[1]
     assert reasons[0].endswith("`peftplan serve` still counts them")
