@@ -12,7 +12,9 @@ from peftplan.job.configs.functions import Function, Functions, changes, fields_
 from peftplan.job.configs.instances import Instance, plain
 from peftplan.job.configs.order import trains
 
-OF_SETTINGS = ("Config", "Arguments")
+OF_MODEL = "AutoConfig.from_pretrained"
+"""The end of the name of a call that makes the config of a model."""
+OF_SETTINGS = ("Config", "Arguments", OF_MODEL)
 """Endings of the names of calls that make settings."""
 CHANGING = ("update", "setattr")
 """Beginnings of the names of methods and functions that change settings; `set_` is another."""
@@ -46,6 +48,15 @@ class Objects(Assignments):
         if isinstance(written_to, Instance):
             known = not (self.unsure or written_to.is_copy) and (plain(value) or isinstance(value, str))
             self._give(written_to, target.attr, value if known else f"<{target.attr}>")
+        self._note_inside(target.value)
+
+    def _note_inside(self, part: ast.expr) -> None:
+        """A write to a part of a model's config, such as `config.text_config.vocab_size = 8`."""
+        text = ast.unparse(part)[:200]
+        of = self.names.get(text.partition(".")[0]) if "." in text else None
+        if isinstance(of, Instance) and any(self.name_of(each.func).endswith(OF_MODEL) for each in of.made_by):
+            field = text.split(".")[1].partition("[")[0]
+            self._give(of, field, f"<{field}>")
 
     def _give(self, owner: Instance, field: str, value: object) -> None:
         """Set a field in the calls that made the settings."""

@@ -18,6 +18,7 @@ from peftplan.job.configs.calls import Calls
 from peftplan.job.configs.data_files import MOST_ABOVE
 from peftplan.job.configs.documents import CELL, MOST_BYTES, BrokenFileError, Call, Document, Values
 from peftplan.job.configs.launch_files import in_tree
+from peftplan.job.configs.objects import OF_MODEL
 from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
 
 MAGIC = re.compile(rf"^\s*%(?:set_)?env[ \t]+({SETTINGS}\w+)(?:[ \t]*=[ \t]*|[ \t]+)(.*?)[ \t]*$", re.MULTILINE)
@@ -36,6 +37,12 @@ READINGS, MOST_READINGS = 3, 6
 """Most times that a program is read, and one that opens a file of settings, which its functions hand on."""
 DEEP = 10
 """Levels from which on an expression inside others counts too: its text is taken anew at each level."""
+WITHOUT_BYTES = {
+    *("use_cache", "rope_scaling", "pad_token_id", "bos_token_id", "eos_token_id", "num_labels", "id2label", "label2id"),
+    *("cache_dir", "revision", "token", "use_auth_token", "trust_remote_code", "local_files_only", "finetuning_task"),
+}
+"""Fields of a model's config, and arguments that find it, with which a step holds what it holds without them; `num_labels` is
+handed on to the model."""
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.Assign, ast.AnnAssign, ast.ImportFrom, ast.Import)
 """Statements of a module that a program takes names from."""
 UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)
@@ -230,6 +237,8 @@ def _document(reader: Calls, file: str) -> Document:
     counting, rest = in_order(reader.calls, reader.untaken, reader.unused)
     calls = reader.doubts.settle(of_training_first(counting, reader.nodes, reader.used_by), reader.nodes, reader.used_by)
     calls += [Call(call=UNTAKEN + call["call"], args=[], kwargs={}) for call in rest]
+    for call in calls:
+        _take_config(call, reader, calls)
     if not calls:
         raise BrokenFileError(file, None, "accepted: a program that calls from_pretrained, get_peft_model or a Trainer")
     settings = [Call(call="os.environ", args=[], kwargs=reader.environment)] if reader.environment else []
@@ -247,3 +256,27 @@ def _document(reader: Calls, file: str) -> Document:
     return Document({"calls": calls + reader.lengths + settings + weights}, lines, "calls", unread=reader.unread())._replace(
         environment=reader.of_allocator
     )
+
+
+def _take_config(call: Call, reader: Calls, calls: list[Call]) -> None:
+    """`config=config` in a call that loads a model: nothing where it is the model's own, changed in nothing that takes bytes."""
+    keywords = call["kwargs"]
+    if not isinstance(keywords.get("config"), str):
+        return
+    makers = reader.used_by.get(reader.nodes[id(call)], set()) if id(call) in reader.nodes else set()
+    configs = [each for each in calls if each["call"].endswith(OF_MODEL) and reader.nodes.get(id(each)) in makers]
+    if len(configs) != 1 or _loaded_name(configs[0]) != _loaded_name(call):
+        return
+    own = configs[0]["kwargs"]
+    rope = own.get("rope_scaling")
+    if isinstance(rope, dict) and "rope_theta" not in rope:  # transformers 5 raises TypeError
+        return
+    if own.keys() - {"pretrained_model_name_or_path"} <= WITHOUT_BYTES and own.get("use_cache", False) is False:
+        del keywords["config"]
+        if "num_labels" in own:
+            keywords.setdefault("num_labels", own["num_labels"])
+
+
+def _loaded_name(call: Call) -> object:
+    """The name of what a call loads."""
+    return call["args"][0] if call["args"] else call["kwargs"].get("pretrained_model_name_or_path")

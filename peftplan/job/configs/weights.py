@@ -71,6 +71,8 @@ class Weights(Objects):
         super().visit_Assign(node)
         if self._casts(node.value) and isinstance(node.value, ast.Call) and dotted(node.value.func).split(".")[0] in self.modules:
             self._note_part()  # module = module.to(torch.float32)
+        for item in (each for each in node.targets if isinstance(each, ast.Subscript)):
+            self._note_inside(item.value)
         for target in (each for each in node.targets if isinstance(each, ast.Attribute)):
             if target.attr == "requires_grad":
                 self._note_frozen(self.value(node.value), target)

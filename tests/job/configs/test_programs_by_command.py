@@ -90,3 +90,42 @@ def test_a_cast_of_every_module_of_a_kind_has_no_peak(tmp_path: Path) -> None:
     (tmp_path / "run.sh").write_text("python train.py --output_dir o --bf16\n")
     (tmp_path / "train.py").write_text(QLORA.replace("CASTS", casts))
     assert "parts.call" in read_config(tmp_path / "run.sh").unsupported
+
+
+@pytest.mark.parametrize(
+    ("change", "is_read"),
+    [
+        ("config.use_cache = False", True),
+        ("if n:\n    config.rope_scaling = {'type': 'linear', 'factor': 2}", True),
+        ("config.rope_scaling = {'type': 'linear', 'factor': 2}", False),
+        ("config.rope_scaling = {'rope_type': 'linear', 'factor': 2, 'rope_theta': 10000}", True),
+        ("if n:\n    config.rope_scaling['factor'] = 2", True),
+        ("config.use_cache = True", False),
+        ("config.num_hidden_layers = 2", False),
+        ("if n:\n    config.num_hidden_layers = 2", False),
+        ("config.text_config.vocab_size = 8", False),
+        ("config.layer_types[0] = 'full_attention'", False),
+        ("setattr(config, n, 2)", False),
+        ("config.update({'vocab_size': 8})", False),
+    ],
+)
+def test_the_config_of_the_model_itself(tmp_path: Path, change: str, *, is_read: bool) -> None:
+    (tmp_path / "train.py").write_text(f"""
+from transformers import AutoConfig, AutoModelForSequenceClassification, Trainer, TrainingArguments
+config = AutoConfig.from_pretrained("gpt2", num_labels=7)
+{change}
+model = AutoModelForSequenceClassification.from_pretrained("gpt2", config=config)
+Trainer(model=model, args=TrainingArguments("o")).train()
+""")
+    plan = read_config(tmp_path / "train.py")
+    assert ("load.config" not in plan.unsupported) is is_read
+    assert plan.options.get("num_labels") == (7 if is_read else None)
+
+
+def test_the_config_of_another_model_is_not_the_model_s_own(tmp_path: Path) -> None:
+    program = PROGRAM.replace(
+        "    model = Auto", "    config = transformers.AutoConfig.from_pretrained('gpt2')\n    model = Auto"
+    )
+    (tmp_path / "train.py").write_text(program.replace("torch_dtype=torch.half", "config=config"))
+    (tmp_path / "run.sh").write_text("python train.py --output_dir o\n")
+    assert "load.config" in read_config(tmp_path / "run.sh").unsupported
