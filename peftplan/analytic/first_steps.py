@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from peftplan.analytic import ranks
 from peftplan.analytic.running import facts_of
 from peftplan.arch.modules import Architecture
+from peftplan.depth.skipped import write_skipped
 from peftplan.distributed.any_world import as_recorded
 from peftplan.job.setup import Setup
 from peftplan.memory.step import steady_step
@@ -56,6 +57,7 @@ def left_by_first(
     if job.distributed is None or job.distributed.strategy != "zero3":
         return None
     model = new_model()
+    in_full = model.left_out is None
     strategy = tuple((name, value) for name, value in job.distributed if name not in NOT_OF_ORDER)
     running = model.running._replace(config=None, batch_size=0, seq_len=0)  # what goes by these is among the facts
     described = repr(job.config and vars(job.config)), repr(job.quant), as_recorded(running)
@@ -65,7 +67,7 @@ def left_by_first(
     facts = facts_of(job._replace(setup=job.setup.model_copy(update={"batch_size": rows})), compute_capability)
     micro_batches = min(job.setup.gradient_accumulation_steps, Zero3.micro_batches)
     of_setup = (*facts, micro_batches, as_recorded(_OF_SETUP(job.setup)), job.second_config)
-    key = (id(job.architecture), method, *described, job.script, strategy, trained, of_setup)
+    key = (in_full, id(job.architecture), method, *described, job.script, strategy, trained, of_setup)
     if key not in _KNOWN:
         _run(inventory, model, program, compute_capability)
         assert isinstance(model.units, Zero3)
@@ -102,5 +104,7 @@ def first_step(inventory: Inventory, new_model: Callable[[], Model], program: Pr
 def _run(inventory: Inventory, model: Model, program: Program, compute_capability: str) -> Model:
     program = ranks.divided(inventory, model, program, None)
     steady_step(model, program, reference=ranks.reference_on_rank(inventory.job, model, None))
+    if model.left_out:
+        write_skipped(model.tape, model.left_out)
     _LAST[:] = [(inventory, compute_capability, model)]
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from peftplan.analytic.reference_model import reference_of
@@ -33,6 +34,7 @@ from peftplan.memory.tensor_parallel import TensorParallel
 from peftplan.memory.zero import Zero
 from peftplan.memory.zero0 import Zero0
 from peftplan.memory.zero3 import Zero3, switched_off
+from peftplan.memory.zero3_left_out import leaving_out
 from peftplan.memory.zero3_modules import Earlier, Habits
 from peftplan.memory.zero_anywhere import ZeroAnywhere
 from peftplan.parameters import Parameters
@@ -266,6 +268,7 @@ def divided(inventory: Inventory, model: Model, program: Program, before: Earlie
         writes = job.setup.by.generates and not job.setup.use_vllm and job.setup.by.compares_at_once is None
         of_before = None if writes else before
         model.units = Zero3(model, job.distributed, dtype=dtype, habits=_habits(job), before=of_before)
+        model.leaves_out = partial(leaving_out, model.units)
     return program._replace(shards=masters, steps_in_backward=True)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from peftplan.analytic.reference_model import reference_of
 from peftplan.analytic.running import OF_MODULES, autocast_of, program_of, running_of
@@ -47,12 +47,15 @@ def first_step(inventory: "Inventory", *, compute_capability: str) -> Model:
     """The model after the first step, where that is run apart."""
     from peftplan.analytic import first_steps
 
-    new_model, program = prepared(inventory, compute_capability=compute_capability)
-    return first_steps.first_step(inventory, new_model, program, compute_capability=compute_capability)
+    def run(*, in_full: bool) -> Model:
+        new_model, program = prepared(inventory, compute_capability=compute_capability, in_full=in_full)
+        return first_steps.first_step(inventory, new_model, program, compute_capability=compute_capability)
+
+    return _left_out_or_in_full(inventory.job, run)
 
 
-def prepared(inventory: "Inventory", *, compute_capability: str) -> "tuple[Callable[[], Model], Program]":
-    """What makes a job's model on a new tape, and the program of its step."""
+def prepared(inventory: "Inventory", *, compute_capability: str, in_full: bool = True) -> "tuple[Callable[[], Model], Program]":
+    """What makes a job's model on a new tape, and the program of its step. `in_full`: all layers run."""
     job, parameters, _, _ = inventory
     setup, computing, on_rank = job.setup, parameters.all, job.architecture
     if job.distributed is not None:
@@ -78,13 +81,52 @@ def prepared(inventory: "Inventory", *, compute_capability: str) -> "tuple[Calla
     program = program_of(job)._replace(
         left_alone=frozenset(name for name, _ in trained_again), projected=projected(job, computing)
     )
-    return lambda: on_tape(kind_of_tape(autocast=autocast_of(setup), several=setup.rows > 1)), program
+
+    def new_model() -> Model:
+        model = on_tape(kind_of_tape(autocast=autocast_of(setup), several=setup.rows > 1))
+        model.left_out = None if in_full else []
+        return model
+
+    return new_model, program
 
 
 def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "Steps":
     """The model after its steady step, and after the first one where that differs."""
+    return _left_out_or_in_full(inventory.job, partial(_run, inventory, compute_capability=compute_capability, late=late))
+
+
+_NOT_ALIKE: set[tuple[object, ...]] = set()
+"""Kinds of jobs of which all layers ran after all."""
+T = TypeVar("T")
+
+
+def _left_out_or_in_full(job: "Job", run: Callable[..., T]) -> T:
+    """Run a step without the layers that may be left out, or in full where they turn out to differ."""
+    kind = id(job.architecture), job.method_name, job.setup.trainer, job.setup.gradient_accumulation_steps > 1
+    if leaves_out(job) and kind not in _NOT_ALIKE:
+        from peftplan.depth.skipped import NotAlikeError
+
+        try:
+            return run(in_full=False)
+        except NotAlikeError:
+            _NOT_ALIKE.add(kind)
+    return run(in_full=True)
+
+
+def leaves_out(job: "Job") -> bool:
+    """Whether layers may be left out of a step: under ZeRO-3, where nothing runs beside it. Left out: a quantized base, whose
+    gathered weights stay, and full fine-tuning, which fills a bucket in any layer."""
+    alone = (
+        job.reference == "none" and not job.setup.by.generates and job.setup.eval_batch_size is None and not job.setup.by.values
+    )
+    plain = job.quant is None and job.method_name != "full"
+    return job.distributed is not None and job.distributed.strategy == "zero3" and alone and plain
+
+
+def _run(inventory: "Inventory", *, compute_capability: str, late: bool, in_full: bool) -> "Steps":
+    """`in_full`: all layers run."""
     job, setup = inventory.job, inventory.job.setup
-    new_model, program = prepared(inventory, compute_capability=compute_capability)
+    new_model, program = prepared(inventory, compute_capability=compute_capability, in_full=in_full)
     model, first, known = new_model(), None, None
     if job.distributed is not None:
         from peftplan.analytic import first_steps, ranks
@@ -104,6 +146,10 @@ def _steady(inventory: "Inventory", *, compute_capability: str, late: bool) -> "
             model.units = stepping_in_backward(model.tape, program.optimizer.name, program.projected)
         reference = reference_of(job, model)
     steady_step(model, program, reference=reference)
+    if model.left_out:
+        from peftplan.depth.skipped import write_skipped
+
+        write_skipped(model.tape, model.left_out)
     return model, first, known
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from peftplan.depth.copies import Stack
 from peftplan.depth.sections import paired, placed
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Log, Node, Operand, Outputs, Parameter, Tensor
+
+if TYPE_CHECKING:
+    from peftplan.depth.skipped import Skipped
 
 
 class Runner(Protocol):
@@ -43,6 +46,9 @@ class Runner(Protocol):
     @property
     def every_layer(self) -> bool:
         """Whether each layer is run, since no two are alike."""
+
+    def leaving_out(self, stack: str, layers: int) -> Skipped | None:
+        """The stack, if layers between the first and the last ones are left out though none is a copy of another."""
 
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """What a layer, or its checkpoint, is called with: the hidden states on the layer's GPU."""
@@ -140,6 +146,7 @@ def run_stack(
     """
     f, x = model.tape, states.pop() if isinstance(states, list) else states
     del states
+    alike = kinds
     if model.every_layer:
         kinds = tuple(range(len(kinds)))
     last = len(kinds) - 1
@@ -153,6 +160,10 @@ def run_stack(
     if mixed and outputs is not None:  # how long they live is the next layer's matter too: each is run
         kinds = tuple(range(len(kinds)))
     sections, extra = placed(paired(kinds, flags), summing=sums is not None, mixed=mixed)
+    plain = not mixed and sums is None and outputs is None and behind is None and len(set(alike)) == 1
+    skipped = model.leaving_out(name, len(kinds)) if plain else None
+    if skipped is not None:
+        sections = [*skipped.layers]
     copies = {f"{name} {n}": {f"{name} {place}": layers for place, layers in by_place.items()} for n, by_place in extra.items()}
 
     def run(layer: int, of_layer: tuple[object, ...], x: Tensor, *every: object) -> Outputs:
@@ -167,13 +178,14 @@ def run_stack(
     stack = Stack(name, copies, set(), set() if sums is None else sums, holds)
     model.stacks.append(stack)
     for number, layer in enumerate(sections):
-        x = boundary(f, x, f"{name} {number}")
+        x = boundary(f, x, f"{name} {number}") if skipped is None else skipped.passes(f, x, layer)
         arrived = model.arrive(layer, x)
         of_layer = own(layer) if own else ()
         beside = every() if callable(every) else every
         stays = model.keeps_last and layer == last
         if flags[layer] and model.hosted and not stays and not model.micro_batch:
             count = 1 + sum(map(len, extra.get(number, {}).values()))
+            count += len(skipped.missing) if skipped is not None and layer == skipped.low else 0
             model.on_host += [(y.dims, y.dtype, count) for y in (x, *beside) if type(y) is Tensor]
         if flags[layer] and model.hooks_outside:
             result = model.call_layer(of_units, layer, partial(recomputed, of_layer, stays), arrived, *beside)
@@ -189,7 +201,7 @@ def run_stack(
             x = behind(layer, x)
         if x.storage is not None:
             stack.passed.add(x.storage.number)
-    return boundary(f, x, f"{name} end")
+    return boundary(f, x, f"{name} end") if skipped is None else skipped.passes(f, x, len(kinds))
 
 
 def boundary(f: Tape, x: Tensor, what: str) -> Tensor:

@@ -17,6 +17,7 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Operand, Outputs, Parameter, Tensor
 
 if TYPE_CHECKING:
+    from peftplan.depth.skipped import Skipped
     from peftplan.tape.grouped import Grouped
 
 
@@ -75,6 +76,14 @@ class Model(ModelState):
         """Whether each layer is run: no two are alike, or what follows reads something of each, as a balancing loss does."""
         read = self.router_logits is not None or self.tape.offloaded is not None or self.running.keeps_keys
         return self.units.every_layer or read
+
+    def leaving_out(self, stack: str, layers: int) -> Skipped | None:
+        """The stack, if layers between the first and the last ones are left out though none is a copy of another."""
+        skipped = None if self.left_out is None else self.leaves_out(stack, layers)
+        if skipped is not None:
+            assert self.left_out is not None
+            self.left_out.append(skipped)
+        return skipped
 
     def arrive(self, layer: int, x: Tensor) -> Tensor:
         """The hidden states on the layer's GPU."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from peftplan.depth.copies import Stack
 from peftplan.ledger import Dim
@@ -12,6 +14,9 @@ from peftplan.memory.units import ONE_GPU, Units
 from peftplan.memory.weights import Weights
 from peftplan.methods.adaptation import PROMPTED
 from peftplan.tape.tensors import Dims, Tensor
+
+if TYPE_CHECKING:
+    from peftplan.depth.skipped import Skipped
 
 
 @dataclass(eq=False, repr=False)
@@ -48,6 +53,10 @@ class ModelState(Weights):
     waiting: list[Tensor] = field(default_factory=list)
     """Gradients of copied layers that are allocated outside the layers."""
     stacks: list[Stack] = field(default_factory=list)
+    left_out: list[Skipped] | None = None
+    """Stacks of which layers are left out; None where all run."""
+    leaves_out: Callable[[str, int], Skipped | None] = lambda stack, layers: None
+    """A stack, and how many layers it has → which may be left out, where the units know what these do."""
     buffers: list[Tensor] = field(default_factory=list)
     """Tensors of the hidden states' dims that stay on the card, through which offloaded inputs come back."""
     lasting: list[Tensor] = field(default_factory=list)
