@@ -200,7 +200,7 @@ def from_peft_config(raw: Mapping[str, object]) -> "tuple[Method, MethodConfig]"
     from peftplan.methods.targets import OURS
 
     if raw.get("peft_type") is None:
-        raise MissingError("peft_type", "every adapter_config.json states it")
+        raise MissingError("peft_config: peft_type", "every adapter_config.json states it")
     peft_type = str(getattr(raw["peft_type"], "value", raw["peft_type"]))
     names = [m.name for m in METHODS.values() if m.peft_type == peft_type]
     if not names:

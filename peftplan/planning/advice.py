@@ -86,6 +86,8 @@ def advise(job: Job, trials: Trials, *, everything: bool = False) -> Advised:
     rows: list[Advice] = []
     for row in sorted(others, key=lambda row: -row.saving_bytes):
         worth = row.saving_bytes >= WORTH * max(unchanged.values())
+        if not everything and any(other.verdict == "fits" and other.options.items() < row.options.items() for other in fitting):
+            continue  # it does more than what fits
         if worth and (everything or not any(_alike(row.options, other.options) for other in (*rows, *numbers))):
             open_yet = row.verdict is None and not everything and len(rows) < MOST_REPLAYS
             cheaper = [change for change in singles if not any(change.options == other.options for other in fitting)]

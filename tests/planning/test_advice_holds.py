@@ -128,3 +128,10 @@ def test_of_a_lower_bound_it_is_said_that_it_may_fit() -> None:
     assert card.helps
     assert card.changes[0].verdict is None
     assert not any(change.verdict in FITS for change in card.changes)
+
+
+def test_nothing_is_named_that_does_more_than_what_fits() -> None:
+    """`--method qdora` fits; `--method qdora --no-kbit-prepare` was named behind it."""
+    first, *others = advised("mistral-7b-v0.1", {"method": "dora", "batch_size": 3, "seq_len": 1024, "gpu": "t4"}).changes
+    assert (first.options, first.verdict) == ({"method": "qdora"}, "fits")
+    assert not any(first.options.items() < other.options.items() for other in others)
