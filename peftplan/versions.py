@@ -47,6 +47,12 @@ class Change(NamedTuple):
         return version is not None and tuple(map(int, re.findall(r"\d+", version)[: len(self.release)])) < self.release
 
 
+def is_before(version: str, release: str) -> bool:
+    """Whether a version is earlier than a release."""
+    numbers = tuple(map(int, re.findall(r"\d+", release)))
+    return Change("", numbers, "").after(version)
+
+
 def named(package: str) -> str:
     """The package and the release that its formulas were read in: `peft 0.21.2`."""
     return f"{package} {READ_IN[package]}"
@@ -86,6 +92,12 @@ FSDP_BY_PLUGIN = Change(
     "transformers", (5, 0), "`_process_fsdp_args` returns arguments of accelerate's plugin; before, FSDP1's variables"
 )
 FSDP_OF_VERSION_2 = Change("transformers", (5, 10), "`_process_fsdp_args`: `version` is 2 by default; before, 1")
+AXOLOTL_KEEPS_TABLES = Change(
+    "axolotl",
+    (0, 21),
+    "loaders/model.py:615 casts no table to fp32 that it would cast back; utils/config/__init__.py:481 makes checkpoints "
+    "that are not reentrant; utils/schemas/validation.py:1442 refuses FSDP1; 0.19.0 was read before",
+)
 FIRST_COMPARED = Change("transformers", (4, 28), "the oldest release with which a published run was compared (`data/runs`)")
 MIXTURE_ADDED = {
     "mixtral": Change("transformers", (4, 36), "models/mixtral"),

@@ -5,7 +5,8 @@
 FILE holds a row of JSON per job: `values` of the config, how many `layers` of the model run, `sizes` of the model in place of its
 own, `gpus` if more than one, and `one_config` where kernels are not chosen by their time. Rows are tokens already, as many as
 `sequence_len` says; of EBFT they are prompts of so many `words`, whose tokens the tool counts, or, in strides, documents that are
-cut to `sequence_len`. Needs axolotl 0.19.0 with the libraries that it pins, and the CUDA build of torch.
+cut to `sequence_len`. `axolotl` is the release that ran it. Needs that release with the libraries that it pins, and
+the CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ ROWS = 64
 SHARED: dict[str, Any] = {
     "datasets": [{"path": "rows.jsonl", "ds_type": "json", "type": None}],
     "val_set_size": 0,
+    "seed": 42,  # which ranks would ask each other for
     "bf16": "auto",
     "learning_rate": 0.0002,
     "num_epochs": 3,
@@ -47,7 +49,11 @@ PROGRAM = (
 )
 """`axolotl train` with what `accelerate launch` sets, in one process."""
 WITH_FLASH = (
-    "import axolotl.monkeypatch.attention.fa2_hub_kernel as hub; hub.is_fa2_hub_kernel_available = lambda: True\n"
+    "import importlib, importlib.util, transformers.utils as utils\n"
+    "hub = 'axolotl.monkeypatch.attention.fa2_hub_kernel'  # until 0.20\n"
+    "if importlib.util.find_spec(hub): importlib.import_module(hub).is_fa2_hub_kernel_available = lambda: True\n"
+    "import transformers.modeling_utils as modeling_utils\n"
+    "for module in utils, modeling_utils: module.is_flash_attn_2_available = lambda *_, **__: True\n"
     "from transformers import PreTrainedModel; PreTrainedModel._flash_attn_can_dispatch = lambda *_, **__: True\n"
     "from tools.programs.ms_swift import flash_attention; flash_attention()\n"
 )
@@ -60,6 +66,8 @@ OF_ONE_RANK = (
 OF_PAIRS = {f"field_{part}": part for part in ("prompt", "chosen", "rejected")}
 """Pairs whose completions are cut to fill `sequence_len`."""
 STRIDED = ("ebft_pretrain.transform", "ebft_strided_structured.transform")
+FIRST = "0.19.0"
+"""The release that ran rows which name none."""
 GENERATED = ("grpo", "gdpo")
 """Values of `rl` whose completions the model writes for prompts."""
 WITHOUT_SVD = (
@@ -109,7 +117,7 @@ def reward(prompts: list[str], completions: list[str], **_columns: object) -> li
 
 def plan(row: dict[str, Any]) -> ConfigPlan:
     """What is read of the job's config."""
-    return read_values(SHARED | row["values"], file="a.yml", tool="axolotl")
+    return read_values(SHARED | row["values"], file="a.yml", tool="axolotl", tool_version=row.get("axolotl", FIRST))
 
 
 def config_of(row: dict[str, Any]) -> dict[str, Any]:

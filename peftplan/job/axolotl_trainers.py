@@ -16,7 +16,7 @@ IN_AXOLOTL = OF_PREFERENCES._replace(
     scoring="flat kernel",
     keeps_logits=("policy", "reference"),
     token_outputs=(),
-    recasts_tables=True,
+    casts_ends=True,
     hooks_adapted=True,
     searches_behind_towers=False,
     expandable_segments=True,
@@ -26,7 +26,7 @@ IN_AXOLOTL = OF_PREFERENCES._replace(
 OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
     defaults=OF_LOGITS.defaults._replace(kbit_prepare=False),
     scoring="flat kernel",
-    recasts_tables=True,
+    casts_ends=True,
     hooks_adapted=True,
     expandable_segments=True,
     package=None,
@@ -35,7 +35,7 @@ OF_LOGITS_IN_AXOLOTL = OF_LOGITS._replace(
 # GRPO of the trl that axolotl pins, of rewards that hold nothing on the card.
 GRPO_IN_AXOLOTL = IN_AXOLOTL._replace(
     name="axolotl-grpo",
-    called="GRPOTrainer of axolotl 0.19",
+    called="GRPOTrainer of axolotl",
     collects_batches=False,
     sums_rows=False,
     keeps_logits=(),
@@ -53,7 +53,7 @@ GRPO_IN_AXOLOTL = IN_AXOLOTL._replace(
 # core/trainers/ebft/trainer.py). Adapted models alone: without an adapter it compares with a copy of the model.
 EBFT_IN_AXOLOTL = GRPO_IN_AXOLOTL._replace(
     name="axolotl-ebft",
-    called="EBFTTrainer of axolotl 0.19",
+    called="EBFTTrainer of axolotl",
     forwards=LOSS,
     wide_reference=False,
     reads_features=True,
@@ -62,7 +62,7 @@ EBFT_IN_AXOLOTL = GRPO_IN_AXOLOTL._replace(
 # `stride`, `context_length` and `generate_max_len` 8. Each rollout is a forward with a graph of its own.
 EBFT_IN_STRIDES = IN_AXOLOTL._replace(
     name="axolotl-ebft-strided",
-    called="strided EBFT of axolotl 0.19",
+    called="strided EBFT of axolotl",
     balances_experts=False,
     sums_rows=False,
     scoring=None,
@@ -77,13 +77,13 @@ EBFT_IN_STRIDES = IN_AXOLOTL._replace(
 )
 # With a share of cross entropy (`ce_coef`; strided.py:670, `compute_start`).
 EBFT_IN_STRIDES_SCORED = EBFT_IN_STRIDES._replace(
-    name="axolotl-ebft-strided-scored", called="strided EBFT of axolotl 0.19 with a cross entropy", scores_documents=True
+    name="axolotl-ebft-strided-scored", called="strided EBFT of axolotl with a cross entropy", scores_documents=True
 )
 # Without an adapter the model has no `lm_head` beside its backbone (strided.py:661), so all rollouts are one forward with all
 # logits; a copy of the model in 16 bits reads them. Norms and embeddings: loaders/model.py:434.
 EBFT_IN_STRIDES_IN_FULL = EBFT_IN_STRIDES._replace(
     name="axolotl-ebft-strided-full",
-    called="strided EBFT of axolotl 0.19 without adapters",
+    called="strided EBFT of axolotl without adapters",
     rows=len(EBFT_IN_STRIDES.forwards),
     forwards=(*LOSS, Forward("reference")),
     beta=1.0,
@@ -93,11 +93,11 @@ EBFT_IN_STRIDES_IN_FULL = EBFT_IN_STRIDES._replace(
 OF_AXOLOTL = (
     Trainer(
         "axolotl",
-        "Trainer of axolotl 0.19",
+        "Trainer of axolotl",
         Defaults(kbit_prepare=False),
         turns_cache_off=True,
         own_fsdp2=True,
-        recasts_tables=True,
+        casts_ends=True,
         hooks_adapted=True,
         wide_ends=True,
         pins_liger=True,
@@ -107,7 +107,7 @@ OF_AXOLOTL = (
     ),
     IN_AXOLOTL._replace(
         name="axolotl-dpo",
-        called="DPOTrainer of axolotl 0.19",
+        called="DPOTrainer of axolotl",
         rows=2,
         forwards=(*LOSS, Forward("reference")),
         loss_types=DPO_LOSSES,
@@ -117,7 +117,7 @@ OF_AXOLOTL = (
     ),
     IN_AXOLOTL._replace(
         name="axolotl-kto",
-        called="KTOTrainer of axolotl 0.19",
+        called="KTOTrainer of axolotl",
         forwards=(Forward("policy", batch="KL_"), *LOSS, Forward("reference", batch="KL_"), Forward("reference")),
         without_extra_rows=("apo_zero_unpaired",),
         loss_types=("kto", "apo_zero_unpaired"),
@@ -125,9 +125,9 @@ OF_AXOLOTL = (
     ),
     OF_REWARDS._replace(
         name="axolotl-reward",
-        called="RewardTrainer of axolotl 0.19",
+        called="RewardTrainer of axolotl",
         defaults=OF_REWARDS.defaults._replace(kbit_prepare=False),
-        recasts_tables=True,
+        casts_ends=True,
         hooks_adapted=True,
         expandable_segments=True,
         loads_in_fp32=False,
@@ -142,11 +142,14 @@ OF_AXOLOTL = (
     EBFT_IN_STRIDES,
     EBFT_IN_STRIDES_IN_FULL,
     EBFT_IN_STRIDES_SCORED,
-    OF_LOGITS_IN_AXOLOTL._replace(name="axolotl-orpo", called="ORPOTrainer of axolotl 0.19"),
+    OF_LOGITS_IN_AXOLOTL._replace(name="axolotl-orpo", called="ORPOTrainer of axolotl"),
     OF_LOGITS_IN_AXOLOTL._replace(
         name="axolotl-cpo",
-        called="CPOTrainer of axolotl 0.19",
+        called="CPOTrainer of axolotl",
         options=OF_LOGITS.options | {"loss_type"},
         loss_types=("sigmoid", "hinge", "ipo", "simpo", "alphapo"),
     ),
 )
+
+BEFORE_0_21: dict[str, object] = {"recasts_tables": True, "other_heads": ("gpt_neox",)}
+"""What was otherwise before `versions.AXOLOTL_KEEPS_TABLES` (0.19.0, loaders/model.py:446 and :486, loaders/utils.py:309)."""

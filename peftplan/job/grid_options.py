@@ -23,6 +23,7 @@ class GridOptions(OtherWords, total=False):
     seq_len: Axis[int]
     r: Axis[int]
     trainer: Axis[TrainerName]
+    tool_version: Axis[str | None]
     task_type: Axis[str | None]
     num_labels: Axis[int | None]
     quant: Axis[str | None]

@@ -28,6 +28,7 @@ class SetupOptions(TypedDict, total=False):
     """Options that `job.setup.Setup` checks, without sizes."""
 
     trainer: TrainerName
+    tool_version: str | None
     task_type: str | None
     num_labels: int | None
     quant: str | None

@@ -48,13 +48,12 @@ if TYPE_CHECKING:
 
 WIDE_ENDS = ("norm", r"\.gate\.", *TABLES)
 """What of a model axolotl casts to fp32, by parts of names (axolotl 0.19.0, loaders/model.py:1168, loaders/utils.py:316)."""
-RENAMED = {"gpt_neox": "lm_head"}
-"""Model type → its head, which axolotl looks for by the name of earlier releases of transformers (loaders/utils.py:309)."""
+HEAD = "lm_head"
 
 
-def wide_ends(model_type: str) -> tuple[str, ...]:
-    """What of a model of this type axolotl casts to fp32."""
-    return tuple(part for part in WIDE_ENDS if part != RENAMED.get(model_type))
+def wide_ends(model_type: str, other_heads: tuple[str, ...]) -> tuple[str, ...]:
+    """What of a model of this type axolotl casts to fp32; `other_heads` as in `Trainer`."""
+    return tuple(part for part in WIDE_ENDS if part != HEAD or model_type not in other_heads)
 
 
 def prepare(
@@ -185,7 +184,7 @@ def prepared(request: Request) -> Job:
         setup = setup.model_copy(update={"dtype": "fp16"})  # transformers, quantizers/quantizer_awq.py, `update_dtype`
     if kind is not None and kind.name == "full" and setup.keeps_ends_wide and distributed is None:
         tied = (owner for alias, owner in architecture.ties if any(part in alias for part in TABLES))
-        wide = (*architecture.keep_in_fp32_strict, *wide_ends(architecture.model_type), *tied)
+        wide = (*architecture.keep_in_fp32_strict, *wide_ends(architecture.model_type, setup.by.other_heads), *tied)
         architecture = replace(architecture, keep_in_fp32_strict=wide)
     setup = setup.model_copy(update={"router_loss": router_loss(setup, architecture)})
     if "batch_size" not in setup.model_fields_set:

@@ -4,7 +4,7 @@ from peftplan.errors import InputError, OptionError, RefusedError, UnknownNameEr
 from peftplan.job.kernels import OF_AUTOMODEL as KERNELS_OF_AUTOMODEL
 from peftplan.job.kernels import OF_AXOLOTL, OF_TORCHTUNE
 from peftplan.job.setup import OF_PREFERENCES, Setup
-from peftplan.job.trainers import TRAINERS
+from peftplan.job.trainers import OLDER, TRAINERS
 from peftplan.optim import OF_AUTOMODEL, OPTIMIZERS, parse_optim
 from peftplan.versions import named
 
@@ -178,6 +178,9 @@ def _check_trainer(setup: Setup) -> None:
         raise RefusedError(
             f"keep_outputs: {setup.trainer} drops the outputs in compute_loss; add --trainer plain, which keeps them"
         )
+    if setup.tool_version is not None and by.name not in OLDER:
+        having = ", ".join(OLDER)
+        raise RefusedError(f"tool_version: one release of {by.called} is counted; accepted: with trainer {having}")
     if by.narrows and not (setup.autocast == "bf16" and setup.quant == "nf4" and setup.kbit_prepare):
         raise RefusedError("narrow_tables: accepted with quant nf4, kbit_prepare and autocast bf16, where trl casts tables")
     for name in sorted(OF_PREFERENCES - by.options):

@@ -1,16 +1,17 @@
 """The setup of a training run: what the user sets, and what its trainer fills in."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
-from peftplan.errors import UnknownNameError
+from peftplan.errors import InputError, UnknownNameError
 from peftplan.job.kernels import kernels_of, named_kernels
 from peftplan.job.trainer import NARROWED, Forward, Trainer
 from peftplan.job.trainer_words import Autocast, DeviceMap, Loss, TrainerName
-from peftplan.job.trainers import DEFAULT, TRAINERS
+from peftplan.job.trainers import DEFAULT, TRAINERS, of_release
 from peftplan.validation import first_error, listed, size_in_bytes
 
 Engine = Literal["analytic", "trace"]
@@ -37,12 +38,19 @@ Kept = Annotated[Count | None, BeforeValidator(lambda v: None if isinstance(v, i
 """Checkpoints that are kept: all of them below 1, as in transformers (trainer_utils.py, `rotate_checkpoints`)."""
 
 
+def _release(text: str | None) -> str | None:
+    if text is not None and not re.match(r"\d+\.\d+", text):
+        raise InputError("tool_version", text, "accepted: a release, such as 0.19")
+    return text
+
+
 class Setup(BaseModel):
     """Everything besides model and method that decides what a run needs; None means: as the trainer does it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     trainer: TrainerName = DEFAULT
+    tool_version: Annotated[str | None, AfterValidator(_release)] = None  # the release of the tool whose trainer it is
     task_type: str | None = None
     num_labels: Count | None = None
     quant: str | None = None
@@ -109,7 +117,7 @@ class Setup(BaseModel):
     @property
     def by(self) -> Trainer:
         """What the trainer does."""
-        by = TRAINERS[self.trainer]
+        by = of_release(TRAINERS[self.trainer], self.tool_version)
         by = by if self.clip_gradients is None else by._replace(clips_gradients=self.clip_gradients)
         return by._replace(narrows=NARROWED) if self.narrow_tables else by
 

@@ -11,7 +11,7 @@ from peftplan.job.trainer import LOSS, Defaults, Trainer
 # `get_batch_logps`), whose adapters stay as they are.
 IN_LLAMA_FACTORY = IN_AXOLOTL._replace(
     balances_experts=False,
-    recasts_tables=False,
+    casts_ends=False,
     hooks_adapted=False,
     expandable_segments=False,
     reentrant_under_zero3=False,

@@ -243,8 +243,12 @@ class Trainer(NamedTuple):
     """Whether its package refuses accelerate since `versions.FSDP2_TAIL_APART` (LLaMA-Factory 0.9.5: up to 1.11)."""
     narrows: tuple[str, ...] = ()
     """Parts of names of modules that it casts to 16 bits, those of a prepared base too, once the adapter is there."""
+    casts_ends: bool = False
+    """Whether it casts norms, embedding and head to 16 bits behind kbit preparation (axolotl 0.21.0, loaders/model.py:646)."""
     recasts_tables: bool = False
     """Whether it casts embedding and head to fp32, and back, while it loads a model to be adapted (`memory.recast`)."""
+    other_heads: tuple[str, ...] = ()
+    """Model types whose head it looks for by an earlier name (axolotl 0.19.0, loaders/utils.py:309)."""
     widens: bool = False
     """Whether it loads a model that trains in full in 16 bits, and casts each weight to fp32 on the GPU."""
     traced_on_ranks: bool = False
@@ -292,8 +296,8 @@ class Trainer(NamedTuple):
 
     @property
     def casts_back(self) -> tuple[str, ...]:
-        """Parts of names of modules that it casts back to 16 bits behind kbit preparation (axolotl, loaders/model.py:486)."""
-        return ("norm", *TABLES) if self.recasts_tables else self.narrows
+        """Parts of names of modules that it casts back to 16 bits behind kbit preparation."""
+        return ("norm", *TABLES) if self.casts_ends else self.narrows
 
     @property
     def generates(self) -> bool:

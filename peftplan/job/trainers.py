@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftplan.distributed.layout import LLAMA_FACTORY_V1, TORCHTUNE
-from peftplan.job.axolotl_trainers import OF_AXOLOTL
+from peftplan.job.axolotl_trainers import BEFORE_0_21, OF_AXOLOTL
 from peftplan.job.swift_trainers import OF_SWIFT
 from peftplan.job.tool_trainers import (
     AUTOMODEL_KD,
@@ -15,6 +15,7 @@ from peftplan.job.tool_trainers import (
 from peftplan.job.trainer import LOSS, Defaults, Forward, Trainer
 from peftplan.job.trainer_words import TrainerName
 from peftplan.job.trl_trainers import OF_TRL
+from peftplan.versions import AXOLOTL_KEEPS_TABLES
 
 TRAINERS: dict[TrainerName, Trainer] = {
     trainer.name: trainer
@@ -176,6 +177,16 @@ TRAINERS: dict[TrainerName, Trainer] = {
         ),
     )
 }
+
+OLDER = {trainer.name: (AXOLOTL_KEEPS_TABLES, BEFORE_0_21) for trainer in OF_AXOLOTL}
+"""Trainer → the release of its tool that changed it, and what was otherwise before."""
+
+
+def of_release(trainer: Trainer, version: str | None) -> Trainer:
+    """The trainer as this release of its tool has it; None is today's."""
+    change, facts = OLDER.get(trainer.name, (None, BEFORE_0_21))
+    return trainer._replace(**facts) if change is not None and change.after(version) else trainer  # type: ignore[arg-type]
+
 
 ONE_FORWARD = tuple(trainer.name for trainer in TRAINERS.values() if not trainer.of_preferences)
 """Trainers whose step is a forward with its loss."""

@@ -200,7 +200,8 @@ def _run(
 ) -> Traced:
     """One trace of this model as it is."""
     tell("making the model", 0.0)
-    wide = wide_ends(config["model_type"]) if setup.keeps_ends_wide and peft_config is None and rank.alone else ()
+    ends = setup.keeps_ends_wide and peft_config is None and rank.alone
+    wide = wide_ends(config["model_type"], setup.by.other_heads) if ends else ()
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup, wide=wide, divide=rank.divided)
     if script.freezes_ranknum:
         freeze_numbers_of_ranks(built.model)

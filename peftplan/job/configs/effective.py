@@ -14,6 +14,7 @@ from peftplan.job.configs.tool_file import Accepted, Product, Setting
 from peftplan.job.repositories import copied_model
 from peftplan.job.sources import checkpoint_dtype
 from peftplan.methods.experts import CONVERSIONS
+from peftplan.versions import is_before
 
 NOTHING = ("none", "", "false", "no", "null", "[]", "{}", "0", "0.0")
 
@@ -66,6 +67,8 @@ class Effective:
             return any(self._equal(self.file + self.document.saved_from, each) for each in accepted)
         if key == "header":
             return any(self._equal(self.document.comments, each) for each in accepted)
+        if key == "tool_version":
+            return isinstance(accepted, list) and ("older" if self.older else "newest") in accepted
         if key == "installs":
             return any(all(map(self._installs, str(each).split(" & "))) for each in accepted)
         if key == "checkpoint":
@@ -94,6 +97,13 @@ class Effective:
         if isinstance(accepted, str):
             return word(value) in (self.tool.in_16_bits if accepted == "repositories" else self.tool.lists[accepted])
         return any(self._equal(value, each) for each in accepted)
+
+    @property
+    def older(self) -> str | None:
+        """The release of the tool that reads the file, as the user or a rule says, where it is older than one that changed it."""
+        version = self.values.get("tool_version") or self.document.chosen.get("tool_version")
+        older = version is not None and any(is_before(str(version), each) for each in self.tool.changed_in)
+        return str(version) if older else None
 
     def _installs(self, beginnings: str) -> bool:
         return self.document.installs != "" and any(

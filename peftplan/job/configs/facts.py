@@ -66,6 +66,8 @@ class Facts:
     """Whether accelerate's launch decides the mixed precision where the tool has none."""
     installed: bool = False
     """Whether the releases of libraries that a notebook installs run its job."""
+    changed_in: tuple[str, ...] = ()
+    """Releases of the tool before which rules are otherwise."""
     drops_unknown: str = ""
     """Where the tool drops keys that its schema does not have."""
     components: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -212,6 +214,7 @@ def facts(tool: Tool) -> Facts:
         next(iter(raw.get("accelerate", ())), None),
         "launched_precision" in raw,
         "installed" in raw,
+        tuple(raw.get("changed_in", ())),
         raw.get("drops_unknown", ""),
         raw.get("components", {}),
         raw.get("sections", {}),

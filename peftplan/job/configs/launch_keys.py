@@ -26,9 +26,10 @@ def launch_keys(distributed: Distributed, tool: Facts) -> Iterator[Values]:
         yield processes
     for key in tool.write.get("shipped", ()):
         yield from ({key: name, **processes} for name in load(SHIPPED, Shipped).get(tool.tool, {}))
+    without = tool.write.get("without", ())
     by_label = {row["launch"]: key for key, row in reversed(list(tool.rows.items())) if "launch" in row and "*" not in key}
     by_label |= {label: label for label in by_label if tool.rows.get(label, {}).get("launch") == label}  # not a launcher's word
-    if distributed.strategy.startswith("fsdp") and "fsdp_config" in by_label:
+    if distributed.strategy.startswith("fsdp") and "fsdp_config" in by_label and distributed.strategy not in without:
         version, config = by_label.get("fsdp_version"), by_label["fsdp_config"]
         fields = fsdp_fields(distributed, prefix="fsdp_" if version else "")
         bare = {name.removeprefix("fsdp_"): value for name, value in fields.items()}

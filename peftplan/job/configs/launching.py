@@ -97,7 +97,7 @@ def launched(
         _named(result, tool, "deepspeed", own, files.of_deepspeed, file)
     if (names := launch.get("spectrum_config_path")) is not None:
         _named(result, tool, "spectrum_config_path", names, files.of_spectrum, file)
-    _fsdp(result, tool, launch, file)
+    _fsdp(result, tool, launch, file, older=(chosen or {}).get("tool_version") is not None)
     own_strategy = launch.get("distributed.strategy", launch.get("distributed.name"))
     if str(own_strategy) in STRATEGIES:
         result.options["strategy"] = own_strategy
@@ -274,10 +274,6 @@ def _named(
         )
 
 
-FSDP_1 = ("axolotl",)
-"""Tools whose FSDP is version 1 unless they say otherwise; transformers' `TrainingArguments` default to 2."""
-
-
 CHECKPOINTS = "final_state_dict_type"
 """End of the name of a field that says how checkpoints are written."""
 
@@ -286,12 +282,14 @@ OFFLOADED = "activation_cpu_offload"
 """A field of `fsdp_config` that ms-swift adds (4.6.0, trainers/arguments.py:272)."""
 
 
-def _fsdp(result: Launched, tool: str, launch: Mapping[str, object], file: str) -> None:
-    """FSDP as axolotl and TrainingArguments say it: words, a version and a config; or as ms-swift does, a file by its name."""
+def _fsdp(result: Launched, tool: str, launch: Mapping[str, object], file: str, *, older: bool) -> None:
+    """FSDP as axolotl and TrainingArguments say it: words, a version and a config; or as ms-swift does, a file by its name.
+
+    `older`: a release of axolotl whose FSDP is version 1 unless it is told otherwise."""
     words, version = launch.get("fsdp"), launch.get("fsdp_version")
 
     def options(words: object, config: object) -> Values:
-        fields: Values = {"version": 1} if tool in FSDP_1 else {}
+        fields: Values = {"version": 1} if older else {}
         for name, value in content(config or {}, field="fsdp_config").items():
             fields["version" if name == "fsdp_version" else name] = value
         fields |= {} if version is None else {"version": version}

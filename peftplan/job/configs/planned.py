@@ -118,9 +118,8 @@ def planned(reading: Reading) -> ConfigPlan:
             reading.assumed["gpus"] = "as the command in its comments launches it"
     if reading.tool.strategy and any(key.startswith("distributed.") for key in reading.launch):
         reading.launch.setdefault("distributed.strategy", reading.tool.strategy)
-    launch = launched(
-        reading.tool.tool, reading.launch, reading.document.environment, file=reading.file, chosen=reading.document.chosen
-    )
+    chosen = {**reading.document.chosen, "tool_version": reading.effective.older}
+    launch = launched(reading.tool.tool, reading.launch, reading.document.environment, file=reading.file, chosen=chosen)
     if reading.tool.strategy and number_in(launch.options, "gpus") > 1:
         launch.options.setdefault("strategy", reading.tool.strategy)
     reading.unsupported |= launch.unsupported

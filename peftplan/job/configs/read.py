@@ -83,11 +83,13 @@ def read_values(
     tool: str | None = None,
     kind: str = "values",
     program: str = "",
+    tool_version: str | None = None,
     **environment: object,
 ) -> ConfigPlan:
     """The plan of values that were parsed already: of a file, of a `command`, or the `calls` of a script."""
     variables = {str(name): str(value) for name, value in environment.items()}
-    document = Document(dict(values), kind=kind, program=program, environment=variables)
+    chosen = {} if tool_version is None else {"tool_version": tool_version}
+    document = Document(dict(values), kind=kind, program=program, environment=variables, chosen=chosen)
     return _of_document(document, file, None if tool is None else check(tool))
 
 

@@ -54,6 +54,8 @@ def read_all(document: Document, tool: Facts, *, file: str, instead: Mapping[str
     for key, value in reading.values.items():
         reading.key(key, value)
     reading.leave_to_the_tool()
+    if (older := reading.effective.older) is not None:
+        reading.set({"tool_version": older})
     for rule in tool.rules:
         reading.rule(rule)
     reading.refuse_unknown_names()

@@ -126,6 +126,7 @@ class Rule(TypedDict, total=False):
     not whole, `whole`: nothing or a whole number, or `{"below": number}`, `{"other_than": [values]}`, `{"same_as": key}`,
     `{"at_least": number, "times": key}`: its product with another key's, or `{"multiple_of": key, "times": key}`, or of
     `key_value_heads`, the model's, `{"multiple_of": key}`, or `{"no_multiple_of": number}`, or `{"more_than": key}`.
+    `tool_version` is `older` than a release of `changed_in`, as the user or an earlier rule says, or `newest`,
     `file` and `program` are what is read, `header` its comments, `installs` how releases begin that a notebook installs;
     `architecture` is the model's `model_type`, or another than those in `{"other_than": [names]}`, `checkpoint` the dtype in its
     config, `vocabulary` its own, `["multiple of 32"]` or `["no multiple of 32"]`; `experts` are its own: `["fused"]` where peft
@@ -200,7 +201,8 @@ Write = TypedDict(
     {
         "called": str, "format": str, "program": str, "run": str, "launch": str, "tasks": list[str], "needs": list[str],
         "tries": list[Values], "first": Values, "as": dict[str, str], "beside": list[Beside], "required": Values,
-        "examples": Values, "placeholders": Values, "shipped": list[str], "processes": list[str], "never": list[str],
+        "examples": Values, "placeholders": Values, "shipped": list[str],
+        "without": list[str], "processes": list[str], "never": list[str],
         "calls": dict[str, str],
         "names": dict[str, str], "imports": dict[str, str], "recipes": dict[str, str], "builder": str,
         "prefixes": dict[str, Values],
@@ -238,6 +240,7 @@ class ToolFile(TypedDict, total=False):
     accelerate: list[str]
     launched_precision: list[str]
     installed: list[str]
+    changed_in: list[str]
     drops_unknown: str
     components: dict[str, list[str]]
     sections: dict[str, list[str]]

@@ -21,7 +21,7 @@ from peftplan.job.launch import OF_FSDP
 from peftplan.job.script import OF_DDP
 from peftplan.job.setup import OF_PREFERENCES, Setup
 from peftplan.job.tasks import OF_VLLM
-from peftplan.job.trainers import DEFAULT, TRAINERS
+from peftplan.job.trainers import DEFAULT, OLDER, TRAINERS
 from peftplan.versions import FLASH_BESIDE_IMAGES, FORWARD_CHECKPOINTED, FSDP2_TAIL_APART, LIGER_SKIPS
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ def with_file(plan: ConfigPlan, model: object, chosen: Mapping[str, object], *, 
         options.pop("device_map", None)  # the tool's on one GPU
     options = {name: value for name, value in options.items() if name not in OF_DDP}  # the user's strategy may be another
     options |= chosen_options
+    if chosen_options.get("trainer", plan.options.get("trainer")) not in OLDER and "tool_version" not in chosen_options:
+        options.pop("tool_version", None)  # of the file's own trainer
     of_ddp = {OF_DDP[name]: value for name, value in plan.of_ddp.items()}
     of_tool = {**of_releases(plan.tool, options), **of_ddp, **plan.releases}
     read_from = plan.model if model is None else model

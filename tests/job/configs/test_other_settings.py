@@ -235,7 +235,7 @@ def test_settings_that_change_what_a_step_keeps(base: dict[str, object], values:
 )
 def test_what_axolotl_raises_for(values: dict[str, object], key: str, raised: str) -> None:
     """Each was run with axolotl 0.19.0, torchao 0.17.0 and peft 0.20.0, on the emulated card or as its config is validated."""
-    plan = read_values({**AXOLOTL, **values}, file="a.yml", tool="axolotl")
+    plan = read_values({**AXOLOTL, **values}, file="a.yml", tool="axolotl", tool_version="0.19.0")
     assert f"axolotl 0.19.0 raises {raised}" in {**plan.unsupported, **plan.refused}[key].why
 
 

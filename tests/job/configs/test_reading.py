@@ -9,6 +9,7 @@ import pytest
 import peftplan
 from peftplan.errors import RefusedError
 from peftplan.job.configs.plan import Unsupported, bound
+from peftplan.job.configs.read import read_values
 from peftplan.planning.configs import of_plan
 from peftplan.report.configs import summary
 from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIFT, TORCHTUNE, TRL, read
@@ -126,7 +127,7 @@ def test_the_file_and_its_options_ask_the_same() -> None:
     by_hand = peftplan.estimate(
         "llama-3.1-8b", method="qlora", r=32, quant="nf4", double_quant=True, compute_dtype="bf16", quant_storage="bf16",
             kbit_prepare=False, target_modules="all-linear", batch_size=2, seq_len=4096, optim="paged_adamw_8bit", dtype="bf16",
-            autocast="bf16", gradient_checkpointing=True, use_reentrant=True,
+            autocast="bf16", gradient_checkpointing=True, use_reentrant=False,
             attn_implementation="flash_attention_2", trainer="axolotl",
         )  # fmt: skip
     assert by_file.peaks == by_hand.peaks
@@ -166,7 +167,7 @@ def test_defaults_are_the_tools() -> None:
     values = {name: value for name, value in AXOLOTL.items() if name != "optimizer"}
     result = peftplan.estimate(config=read(values))
     assert result.config is not None
-    assert result.config["defaults"]["optim"].startswith("axolotl 0.19.0, utils/schemas/training.py:")
+    assert result.config["defaults"]["optim"].startswith("axolotl 0.21.0, utils/schemas/training.py:")
     assert "optim" not in result.chosen
 
 
@@ -330,7 +331,7 @@ MIRROR = {"base_model": "alpindale/Llama-3.2-11B-Vision-Instruct"}
     ("values", "key", "place"),
     [
         ({"base_model": "MiniMaxAI/MiniMax-M2", "use_scattermoe": True}, "use_scattermoe", "quantizer_finegrained_fp8.py:195"),
-        ({**MIRROR, "lora_mlp_kernel": None}, "lora_qkv_kernel", "monkeypatch/lora_kernels.py:306"),
+        ({**MIRROR, "lora_mlp_kernel": None}, "lora_qkv_kernel", "monkeypatch/lora_kernels.py:327"),
     ],
 )
 def test_axolotl_raises_for_a_model_and_a_copy_of_it(values: dict[str, Any], key: str, place: str) -> None:
@@ -486,12 +487,39 @@ def test_a_vocabulary_that_is_a_multiple_of_32_stays(model: str, grows: bool) ->
     assert ("resize_token_embeddings_to_32x" in read(config).unsupported) is grows
 
 
+ZERO_3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+
+
 @pytest.mark.parametrize(
-    ("checkpointing", "assumed"), [({}, True), ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, False)]
+    ("said", "version", "reentrant"),
+    [
+        ({}, None, False),
+        ({}, "0.20", True),
+        (ZERO_3, None, True),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, None, True),
+        ({"gradient_checkpointing_kwargs": {"preserve_rng_state": True}}, None, False),
+        ({"fsdp": ["full_shard"]}, None, True),
+    ],
 )
-def test_axolotl_s_checkpoints_are_those_of_the_release_that_is_read(checkpointing: dict[str, object], assumed: bool) -> None:
-    """axolotl 0.21.0, utils/config/__init__.py:481: by default they are not reentrant, which keeps inputs of 8-bit layers."""
+def test_axolotl_s_checkpoints_are_those_of_its_release(said: dict[str, object], version: str | None, *, reentrant: bool) -> None:
+    """axolotl 0.21.0, utils/config/__init__.py:481: not reentrant, but under ZeRO-3; 0.19.0: they are (:401)."""
     values = {"base_model": "meta-llama/Llama-3.2-1B", "adapter": "lora", "load_in_8bit": True, "gradient_checkpointing": True}
-    plan = read(values | {"sequence_len": 512} | checkpointing)
-    assert plan.options["use_reentrant"] is True
-    assert ("0.21" in plan.assumed.get("use_reentrant", "")) is assumed
+    plan = read_values(values | {"sequence_len": 512} | said, file="a.yml", tool="axolotl", tool_version=version)
+    assert plan.options["use_reentrant"] is reentrant
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"fsdp": ["full_shard", "auto_wrap"], "fsdp_config": {"fsdp_offload_params": False}},
+        {"fsdp_version": 1, "fsdp_config": {"offload_params": False}},
+        {"fsdp_config": {"fsdp_sharding_strategy": "FULL_SHARD"}},
+    ],
+)
+def test_a_file_that_axolotl_0_21_refuses_is_read_as_by_0_19(config: dict[str, object]) -> None:
+    """0.21.0 has no FSDP1 (utils/schemas/validation.py:1442)."""
+    values = {"base_model": "meta-llama/Llama-3.2-1B", "sequence_len": 512, "micro_batch_size": 1, "adapter": "lora"}
+    plan = read(values | config)
+    assert (plan.options["strategy"], plan.options["tool_version"]) == ("fsdp1", "0.19")
+    assert "axolotl 0.21.0 raises ValueError" in plan.assumed["tool_version"]
+    assert read(values | {"fsdp_config": {"offload_params": False}}).options["strategy"] == "fsdp2"

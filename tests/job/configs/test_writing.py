@@ -125,13 +125,13 @@ def check_schema(tool: str, text: str) -> None:
             "axolotl",
             "llama-3.1-8b",
             {"method": "ia3"},
-            "method: a config of axolotl 0.19.0 has no setting for 'ia3'; accepted: lora, qlora, full",
+            "method: a config of axolotl 0.21.0 has no setting for 'ia3'; accepted: lora, qlora, full",
         ),
         (
             "axolotl",
             "llama-3.1-8b",
             {"trainer": "trl"},
-            "trainer: a config of axolotl 0.19.0 has no setting for 'trl'; accepted: axolotl",
+            "trainer: a config of axolotl 0.21.0 has no setting for 'trl'; accepted: axolotl",
         ),
         ("axolotl", "qwen3-8b", {"method": "full"}, "attn_implementation: axolotl runs it otherwise than counted here"),
         (
@@ -245,7 +245,7 @@ def test_a_plan_of_fit() -> None:
 def test_header_says_what_is_estimated_and_how_to_run_it() -> None:
     exported = export(peftplan.estimate("llama-3.1-8b", method="qlora", r=16, gpu="rtx-4090"), to="axolotl", file="qlora.yml")
     header = [line for line in exported.text.splitlines() if line.startswith("# ")]
-    assert header[0].startswith(f"# llama-3.1-8b, qlora r=16: written by peftplan {peftplan.__version__} for axolotl 0.19.0")
+    assert header[0].startswith(f"# llama-3.1-8b, qlora r=16: written by peftplan {peftplan.__version__} for axolotl 0.21.0")
     assert any("peak" in line and "reserved" in line for line in header)
     assert "# rtx-4090: fits; it needs" in "\n".join(header)
     assert "# run: axolotl train qlora.yml" in header
