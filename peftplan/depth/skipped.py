@@ -188,10 +188,10 @@ class _Written:
         """Write a part of the log as it is."""
         f, log, freed, more = self.f, self.log, self.freed, self.segments
         self.shifts.append((start, len(log) - start))
-        layer, made, section = 0, list[int](), None
+        layer, blocks, section = 0, list[int](), None
         if here is not None:
             layer = self.stacks[here[0] // 2].layers[here[1]]
-            made = self.table.setdefault((here[0], layer), [])
+            blocks = self.table.setdefault((here[0], layer), [])
             section = self.sections.setdefault(here, _Section([], []))
         for n in f.log[start:end]:
             place = None
@@ -203,8 +203,8 @@ class _Written:
                 if here is None:
                     self.outside[n] = number
                 else:
-                    self.place[n] = (*here, len(made))
-                    made.append(number)
+                    self.place[n] = (*here, len(blocks))
+                    blocks.append(number)
             else:
                 number = 0
                 if here is not None and -n in self.place:
@@ -255,7 +255,7 @@ class _Written:
         others = [(at, place) for at, (sign, place) in enumerate(zip(signs, section.places, strict=True)) if not sign]
         if any(place is None for _, place in others):
             raise NotAlikeError("a layer frees what none has made")
-        made = [(f.made_in[n], 1 if f.made_in[n] > 0 else -1) for n in place]
+        segments_made = [(f.made_in[n], 1 if f.made_in[n] > 0 else -1) for n in place]
         ends = {n: (f.freed[n], 1 if f.freed[n] > 0 else -1) for n in (-n for n in section.events if n < 0)}
         of_own = [(place[n], *end) for n, end in ends.items() if n in place]
         for layer in layers:
@@ -265,7 +265,7 @@ class _Written:
                 self.marks.append((start, f"{stack.name} {layer}"))
             self.sources += place
             self.table[of_pass, layer] = [*range(base, base + len(place))]
-            self.made_in += [segment + sign * more for segment, sign in made]
+            self.made_in += [segment + sign * more for segment, sign in segments_made]
             self.freed.update([(base + number, segment + sign * more) for number, segment, sign in of_own])
             self.log += [sign * base + offset for sign, offset in zip(signs, offsets, strict=True)]
             for at, other in others:

@@ -53,7 +53,7 @@ class Classes(Weights):
             self.visit(default)
             if isinstance(field, ast.Name):
                 fields[field.id] = self._inside(of_field(default))
-                self._field(field.id, self.said(field.id, fields[field.id]), f"class {node.name}")
+                self._field(field.id, self.field_value(field.id, fields[field.id]), f"class {node.name}")
         for method in node.body:
             if isinstance(method, ast.FunctionDef) and method.name in ("__init__", "__post_init__", "__new__"):
                 any_field = None in fields_written_by(method, "self")
@@ -61,7 +61,7 @@ class Classes(Weights):
         self.fields[node.name] = fields
         self.names.pop(node.name, None)
 
-    def said(self, field: str, default: object) -> object:
+    def field_value(self, field: str, default: object) -> object:
         """What a field of a class holds in objects that the program does not make itself."""
         return default
 

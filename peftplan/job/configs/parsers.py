@@ -70,7 +70,7 @@ class Parsers(Classes):
             self.settings_of[node.name] = settings
         super().visit_ClassDef(node)
 
-    def said(self, field: str, default: object) -> object:
+    def field_value(self, field: str, default: object) -> object:
         """What the command gives a field, whose object may come from a parser; else its default."""
         return (self.command or {}).get(field, default)
 

@@ -79,7 +79,7 @@ class ConfigPlan:
 
     tool: Tool
     version: str
-    """The version of the tool whose defaults and keys are known."""
+    """The release of the tool that reads the file: the one whose keys are known, or an older one that was named."""
     files: tuple[str, ...]
     model: str | None
     options: Mapping[str, object]

@@ -153,7 +153,7 @@ def planned(reading: Reading) -> ConfigPlan:
             reading.read[key] = Read(row.value, "", f"{whose} has no {row.option}")
     plan = ConfigPlan(
         reading.tool.tool,
-        reading.tool.version,
+        reading.effective.older or reading.tool.version,
         (reading.file,),
         None,
         options,

@@ -491,7 +491,7 @@ ZERO_3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
 
 
 @pytest.mark.parametrize(
-    ("said", "version", "reentrant"),
+    ("keys", "version", "reentrant"),
     [
         ({}, None, False),
         ({}, "0.20", True),
@@ -501,10 +501,10 @@ ZERO_3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
         ({"fsdp": ["full_shard"]}, None, True),
     ],
 )
-def test_axolotl_s_checkpoints_are_those_of_its_release(said: dict[str, object], version: str | None, *, reentrant: bool) -> None:
+def test_axolotl_s_checkpoints_are_those_of_its_release(keys: dict[str, object], version: str | None, *, reentrant: bool) -> None:
     """axolotl 0.21.0, utils/config/__init__.py:481: not reentrant, but under ZeRO-3; 0.19.0: they are (:401)."""
     values = {"base_model": "meta-llama/Llama-3.2-1B", "adapter": "lora", "load_in_8bit": True, "gradient_checkpointing": True}
-    plan = read_values(values | {"sequence_len": 512} | said, file="a.yml", tool="axolotl", tool_version=version)
+    plan = read_values(values | {"sequence_len": 512} | keys, file="a.yml", tool="axolotl", tool_version=version)
     assert plan.options["use_reentrant"] is reentrant
 
 
@@ -520,6 +520,6 @@ def test_a_file_that_axolotl_0_21_refuses_is_read_as_by_0_19(config: dict[str, o
     """0.21.0 has no FSDP1 (utils/schemas/validation.py:1442)."""
     values = {"base_model": "meta-llama/Llama-3.2-1B", "sequence_len": 512, "micro_batch_size": 1, "adapter": "lora"}
     plan = read(values | config)
-    assert (plan.options["strategy"], plan.options["tool_version"]) == ("fsdp1", "0.19")
+    assert (plan.options["strategy"], plan.options["tool_version"], plan.version) == ("fsdp1", "0.19", "0.19")
     assert "axolotl 0.21.0 raises ValueError" in plan.assumed["tool_version"]
     assert read(values | {"fsdp_config": {"offload_params": False}}).options["strategy"] == "fsdp2"
