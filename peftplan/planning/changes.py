@@ -85,6 +85,8 @@ def _of_step(job: Job, *, runs_flash_attention: bool) -> Iterator[tuple[dict[str
         yield from _of_ranks(job, job.distributed)
     if not setup.gradient_checkpointing:
         yield {"gradient_checkpointing": True}, SAME
+    elif not setup.use_reentrant and job.quant is not None and job.quant.name == "int8":
+        yield {"use_reentrant": True}, SAME  # bitsandbytes keeps the input of each int8 layer, which other checkpoints never free
     if setup.keep_outputs:
         yield {"keep_outputs": False}, SAME
     if setup.attn_implementation == "eager":

@@ -87,8 +87,14 @@ def holds(change: Advice, result: Estimate) -> None:
             {"gradient_checkpointing": True, "batch_size": 1, "gradient_accumulation_steps": 3, "loss": "liger"}
             | {"method": "qlora", "kbit_prepare": False},
         ),
+        # 13.4 GiB of inputs that int8 keeps were left
+        (
+            "llama-3.1-8b",
+            {"method": "lora", "quant": "int8", "batch_size": 2, "seq_len": 4096, "use_reentrant": False, "gpu": "rtx-4090"},
+            {"use_reentrant": True, "loss": "liger"},
+        ),
     ],
-    ids=["quantized base", "dtype", "as many as it takes"],
+    ids=["quantized base", "dtype", "as many as it takes", "checkpoints of int8"],
 )
 def test_what_a_person_tries_first_is_advised_first(model: str, job: dict[str, Any], expected: dict[str, object]) -> None:
     first, *others = advised(model, job).changes
