@@ -4,38 +4,47 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from dataclasses import MISSING, replace
 from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from peftplan import files
 from peftplan.errors import InputError, MissingError, quoted
 from peftplan.job.tasks import OF_VLLM
-from peftplan.job.trainer import Trainer
 from peftplan.job.trainer_words import TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
+
+if TYPE_CHECKING:
+    from dataclasses import Field
+
+    from peftplan.job.configs.facts import Facts
+    from peftplan.job.configs.plan import Unsupported
+    from peftplan.results.config_documents import ConfigDocument
 
 MAX_ADAPTER_CONFIG_BYTES = 2**20
 """Far above any adapter_config.json: they have a few KB, also with a long list of targets."""
 
-TRAINING_FIELDS = {
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_checkpointing": "gradient_checkpointing",
+OF_THE_LAUNCH = ("fsdp", "fsdp_config", "deepspeed", "parallelism_config")
+"""Fields of TrainingArguments that say how several GPUs share a job (`_sharding`)."""
+OF_THIS_MACHINE = ("use_cpu", "no_cuda")
+"""Fields that people set where they make the object, not where it trains."""
+OF_OTHER_ARGUMENTS = frozenset(
+    {"method", "r", "target_modules", "device_map", "dtype", "attn_implementation", "quant", "double_quant", "compute_dtype"}
+)
+"""Options that a script's other calls set: how it loads its model, and what it adapts."""
+OF_LOADING = "args.model_init_kwargs."
+"""What stands before keys that set some of them, for a model that the trainer loads by its name."""
+RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
-    "optim": "optim",
-    "optim_args": "optim_args",
-    "optim_target_modules": "optim_target_modules",
-    "max_length": "seq_len",
-    "use_cache": "use_cache",
-    "save_total_limit": "save_total_limit",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
-"""Fields of transformers' TrainingArguments and of TRL's configs → ours. `activation_checkpointing` is 5.24's name."""
-
-
-NOT_COUNTED = ("torch_compile", "label_smoothing_factor", "neftune_noise_alpha")
-"""Fields of TrainingArguments that change the memory of a step and that no engine models: compiled kernels, another loss, noise
-on the embeddings."""
+"""Names of transformers 5.24 → those of other releases."""
+FOUR_BITS = ("nf4", "fp4")
+ARGUMENTS = "training_args"
+LIBRARIES = ("transformers", "trl", "sentence_transformers")
+"""Packages whose classes of arguments are known."""
 
 
 def adapter_config(peft_config: object) -> dict[str, object]:
@@ -123,39 +132,100 @@ def quant_options(config: object) -> dict[str, object]:
     }
 
 
-def training_options(args: object) -> dict[str, object]:
-    """Our options for a `TrainingArguments` or `SFTConfig`."""
-    if args is None:
-        return {}
+class Training(NamedTuple):
+    """What arguments of a trainer say: our options, and what they do that changes the peak and is not counted."""
+
+    options: dict[str, object]
+    warnings: tuple[str, ...] = ()
+    document: ConfigDocument | None = None
+    """The `config` field of a result."""
+
+    def without(self, names: Container[str]) -> Training:
+        """The same, less some options."""
+        return self._replace(options={name: value for name, value in self.options.items() if name not in names})
+
+
+def training(args: object, chosen: Mapping[str, object]) -> Training:
+    """A `TrainingArguments` or one of TRL's configs, read as the same call in a script is (`data/configs`).
+
+    `chosen`: the user's own options, which win. Raises InputError for an argument of which nobody knows what it does to the peak.
+    """
+    from peftplan.job.configs.documents import Document
+    from peftplan.job.configs.facts import facts
+    from peftplan.job.configs.planned import plan_of
+    from peftplan.job.configs.with_file import EVALUATED
+
     if not hasattr(args, "per_device_train_batch_size"):
-        raise InputError("training_args", args, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
-    for name in NOT_COUNTED:
-        if value := getattr(args, name, None):
-            raise InputError(f"training_args.{name}", value, "accepted: unset; what it changes is not counted")
-    options = {
-        ours: _plain(getattr(args, name)) for name, ours in TRAINING_FIELDS.items() if getattr(args, name, None) is not None
-    }
+        raise InputError(ARGUMENTS, args, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
     trainer = TRAINERS[_trainer(args)]
-    options["trainer"] = trainer.name
-    unread = () if getattr(args, "use_vllm", False) else OF_VLLM
-    for name in sorted(trainer.options.difference(unread)):
-        if (value := getattr(args, name, None)) is not None:
-            options[name] = ",".join(value) if isinstance(value, list) else value  # DPO's losses may be several
-    if trainer.teaches and (teacher := getattr(args, "teacher_model_name_or_path", None)) is not None:
-        options["teacher_model"] = teacher
-    if trainer.rewards:
-        if getattr(args, "use_vllm", False):
-            raise InputError("training_args.use_vllm", True, f"accepted: unset; vLLM beside {trainer.called} is not counted")
-        of_config = {"reward_model": "reward_model_path", "max_completion_length": "max_new_tokens"}
-        options |= {ours: value for ours, name in of_config.items() if (value := getattr(args, name, None)) is not None}
-    options |= _loading(args)
-    _refuse_padding_free(args)
-    _refuse_other_losses(args, trainer)
-    options |= _checkpointing(args, on=bool(options.get("gradient_checkpointing")))
-    options["autocast"] = "bf16" if getattr(args, "bf16", False) else "fp16" if getattr(args, "fp16", False) else "none"
-    if _plain(getattr(args, "eval_strategy", "no")) != "no":
-        options["eval_batch_size"] = getattr(args, "per_device_eval_batch_size", None)
-    return options | _sharding(args) | _liger(args, trainer)
+    of_trl = trainer.package == "trl"
+    tool = facts("trl-script" if of_trl else "transformers-script")
+    arguments = trainer.arguments or "TrainingArguments"
+    trainer_class = arguments.replace("Config", "Trainer") if of_trl else "Trainer"
+    called: dict[str, object] = {"args": {"call": arguments, **_fields_set(args, tool)}, "trainer": {"call": trainer_class}}
+    if chosen.get("method") == "qlora" or chosen.get("quant") in FOUR_BITS:
+        called["quant"] = {"load_in_4bit": True}
+    try:
+        plan = plan_of(Document(called, program=ARGUMENTS, chosen=chosen), tool, file=ARGUMENTS)
+    except InputError as error:
+        raise error.named(error.field.replace(f"{ARGUMENTS}: args.", f"{ARGUMENTS}.")) from None
+    loading = {row.option for key, row in plan.read.items() if key.startswith(OF_LOADING)}
+    options = {name: value for name, value in plan.options.items() if name not in OF_OTHER_ARGUMENTS - loading}
+    if options.get("dtype") == "auto":
+        del options["dtype"]
+    if not of_trl:
+        options["trainer"] = trainer.name  # Trainer, or one whose arguments have no rules of their own
+    if not chosen.get("use_vllm", options.get("use_vllm")):
+        options = {name: value for name, value in options.items() if name not in OF_VLLM}
+    options |= _sharding(args)
+    defaults = _defaults(args)
+    uncounted: dict[str, Unsupported] = {}
+    for key, row in plan.without(chosen).items():
+        name = key.removeprefix("args.")
+        if name != key and name in defaults and defaults[name] == row.value:  # what a trainer does by itself is counted
+            continue
+        if row.effect == "unknown":
+            raise InputError(f"{ARGUMENTS}.{name}", row.value, f"{row.why}; accepted: without it, as it is not counted")
+        uncounted[f"{ARGUMENTS}.{name}"] = row
+    warnings = [
+        f"{name}={row.value}: {row.why}; the peak is at {'most' if row.effect == 'lowers' else 'least'} the stated one"
+        for name, row in uncounted.items()
+        if row.option != EVALUATED
+    ]
+    warnings += [f"{ARGUMENTS}: {why}; the numbers are those {change}" for why, change in plan.refusals(chosen).items()]
+    document = replace(plan, options=options, unsupported=uncounted).to_dict(chosen)
+    return Training(options, tuple(warnings), document)
+
+
+def _defaults(args: object) -> dict[str, object]:
+    """The defaults of the fields of an object's class."""
+    fields: dict[str, Field[object]] = getattr(args, "__dataclass_fields__", {})
+    return {name: field.default for name, field in fields.items() if field.default is not MISSING}
+
+
+def _fields_set(args: object, tool: Facts) -> dict[str, object]:
+    """The fields of an object that have another value than the tool's default, without those of a class of the user's own."""
+    fields = _fields(args) or vars(args)
+    declared = (cls for cls in type(args).__mro__ if cls.__module__.partition(".")[0] not in LIBRARIES)
+    of_user = {name for cls in declared for name in getattr(cls, "__annotations__", ())}
+    defaults = _defaults(args)
+    set_fields: dict[str, object] = {}
+    for name, value in fields.items():
+        if not isinstance(name, str) or name in OF_THE_LAUNCH or name in OF_THIS_MACHINE:
+            continue
+        name = RENAMED.get(name, name)
+        value = _mapping(args, name) if name.endswith("_kwargs") and isinstance(value, str) else _plain(value)
+        known = tool.known(f"args.{name}")
+        if known is None and (value is None or name in of_user):
+            continue
+        if known is not None and value == known.default == defaults.get(name, value):
+            continue
+        if set_fields.get(name) is None:
+            set_fields[name] = value
+    kwargs = set_fields.get("gradient_checkpointing_kwargs")
+    if isinstance(kwargs, Mapping) and not fields.get("gradient_checkpointing", fields.get("activation_checkpointing")):
+        set_fields["gradient_checkpointing_kwargs"] = {name: kwargs[name] for name in kwargs if name == "use_reentrant"}
+    return set_fields
 
 
 def _sharding(args: object) -> dict[str, object]:
@@ -181,73 +251,6 @@ def _sharding(args: object) -> dict[str, object]:
 
 PARALLELISM_FIELDS = ("dp_shard_size", "tp_size", "cp_size", "sp_size")
 """Sizes of accelerate's `ParallelismConfig`."""
-
-
-LOADING_FIELDS = ("dtype", "attn_implementation")
-"""Fields of SFTConfig's `model_init_kwargs` that are options here too."""
-
-
-def _loading(args: object) -> dict[str, object]:
-    """Options that say how SFTTrainer loads a model by its name. `auto` sets nothing."""
-    kwargs = _mapping(args, "model_init_kwargs")
-    if kwargs.get("quantization_config") is not None:
-        raise InputError("training_args.model_init_kwargs", "quantization_config", "accepted: as quantization_config=…")
-    return {name: kwargs[name] for name in LOADING_FIELDS if kwargs.get(name) not in (None, "auto")}
-
-
-def _refuse_padding_free(args: object) -> None:
-    """Raises InputError if SFTTrainer puts a batch into one long sequence (trl, `SFTTrainer.__init__`)."""
-    strategy = getattr(args, "packing_strategy", None)
-    if getattr(args, "padding_free", False):
-        raise InputError("training_args.padding_free", True, "accepted: False; one sequence without padding is not counted")
-    if getattr(args, "packing", False) and strategy in PADDING_FREE:
-        accepted = "accepted: wrapped, or no packing; the one sequence that it makes of a batch is not counted"
-        raise InputError("training_args.packing_strategy", strategy, accepted)
-
-
-PADDING_FREE = ("bfd", "bfd_split")
-"""Strategies of packing that imply `padding_free` in trl."""
-
-BETWEEN = "a number between 0 and 1; the divergence without a mixture"
-OTHER_LOSSES: dict[TrainerName, dict[str, tuple[tuple[float, ...], str]]] = {
-    "trl-gkd": {"beta": ((0, 1), BETWEEN)},
-    "trl-gold": {"beta": ((0, 1), BETWEEN), "use_uld_loss": ((True,), "False; the loss of two vocabularies")},
-    "trl-tpo": {"tpo_alpha": ((0,), "a number above 0; two rows of three")},
-}
-"""Trainer → argument → values at which a step holds something else, what is accepted, and what is not counted."""
-
-
-def _refuse_other_losses(args: object, trainer: Trainer) -> None:
-    """Raises InputError if a distillation or TPO keeps other tensors (trl, `generalized_jsd_loss`, `TPOTrainer`)."""
-    for name, (values, accepted) in OTHER_LOSSES.get(trainer.name, {}).items():
-        if (value := getattr(args, name, None)) in values:
-            raise InputError(f"training_args.{name}", value, f"accepted: {accepted} is not counted")
-
-
-CHECKPOINTING_FIELDS = {"every_n_layers": "every_n_layers", "offload": "offload_checkpoints"}
-"""Names in `activation_checkpointing_kwargs` that Trainer takes out for transformers (5.24, trainer.py) → ours."""
-
-
-def _checkpointing(args: object, *, on: bool) -> dict[str, object]:
-    """Options from `gradient_checkpointing_kwargs` (5.24: `activation_checkpointing_kwargs`). None means non-reentrant.
-
-    They set nothing if checkpointing is off. Raises InputError for TRL's `activation_offloading` and `selective`, which are not
-    counted.
-    """
-    kwargs = _mapping(args, "activation_checkpointing_kwargs") or _mapping(args, "gradient_checkpointing_kwargs")
-    if getattr(args, "activation_offloading", False):
-        raise InputError("activation_offloading", True, "accepted: False; what TRL moves to the host is not counted")
-    if kwargs.get("selective"):
-        raise InputError("gradient_checkpointing_kwargs.selective", kwargs["selective"], "accepted: False")
-    reentrant = {"use_reentrant": bool(kwargs["use_reentrant"])} if kwargs.get("use_reentrant") is not None else {}
-    return reentrant | {ours: kwargs[name] for name, ours in CHECKPOINTING_FIELDS.items() if on and kwargs.get(name) is not None}
-
-
-def _liger(args: object, trainer: Trainer) -> dict[str, str]:
-    """The loss with `use_liger_kernel`: Liger's, unless its config turns that off. SFTTrainer only uses Liger's layer kernels."""
-    kernels = _mapping(args, "liger_kernel_config")
-    fused = getattr(args, "use_liger_kernel", False) and kernels.get("fused_linear_cross_entropy", True)
-    return {"loss": "liger"} if fused and trainer.losses is None else {}
 
 
 def _trainer(args: object) -> TrainerName:
@@ -286,6 +289,10 @@ def _names(value: object) -> tuple[str, ...] | None:
 
 
 def _plain(value: object) -> object:
-    """Enums by value, sets as sorted lists."""
+    """Enums by value, sets as sorted lists, dtypes by name."""
     value = getattr(value, "value", value)
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    if type(value).__module__ == "torch":
+        return str(value).removeprefix("torch.")
     return sorted(value) if isinstance(value, (set, frozenset)) else value

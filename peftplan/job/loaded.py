@@ -13,10 +13,10 @@ from peftplan.arch.modules import Architecture
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, PeftplanError
 from peftplan.job import sources
+from peftplan.job.setup import ATTENTION
 from peftplan.job.sources import LoadedModel, Tensor
 from peftplan.methods.adaptation import Adaptation, trained_params
 
-ATTENTION = ("sdpa", "eager", "flash_attention_2")
 CHECKPOINTING = ("is_activation_checkpointing", "is_gradient_checkpointing")
 """Attributes that say whether a model checkpoints: the current name, then an older one."""
 WRAPPERS = ("base_model.model.", "base_model.")

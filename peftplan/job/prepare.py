@@ -252,6 +252,7 @@ def prepared(request: Request) -> Job:
         kind, adaptation = methods.METHODS["partial"], partial
     differing = loaded.differences(adaptation, adapted=as_loaded is not None) if loaded is not None else ()
     warnings = (
+        *(request.training.warnings if request.training is not None else ()),
         *differing,
         *unmatched_targets(architecture, config, adapter),
         *(ignored_fields(adapter) if config is None and peft_config else ()),

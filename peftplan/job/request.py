@@ -7,6 +7,7 @@ from peftplan.job import sources
 from peftplan.job.script import NO_SCRIPT, OF_DDP, Script
 
 if TYPE_CHECKING:
+    from peftplan.job.ecosystem import Training
     from peftplan.job.loaded import Loaded
 
 
@@ -20,8 +21,8 @@ class Request(NamedTuple):
     """The fields of a `peft_config`."""
     stored: dict[str, object] | None = None
     """Options from a `quantization_config`."""
-    training: dict[str, object] | None = None
-    """Options from `training_args`."""
+    training: "Training | None" = None
+    """Options from `training_args`, and warnings."""
     script: Script = NO_SCRIPT
     options: dict[str, object] = {}  # noqa: RUF012
     loaded: "Loaded | None" = None
@@ -29,7 +30,9 @@ class Request(NamedTuple):
     def changed(self, **changes: object) -> "Request":
         """The same request with another method or other options."""
         method = _name_of(changes.pop("method", self.method))
-        return self._replace(method=method, options={**self.options, **changes})
+        removed = {name for name, value in changes.items() if value is None}
+        training = None if self.training is None else self.training.without(removed)
+        return self._replace(method=method, options={**self.options, **changes}, training=training)
 
     @property
     def as_loaded(self) -> "Loaded | None":
@@ -46,8 +49,9 @@ class Request(NamedTuple):
         stored = self.stored or {}
         if options.get("quant") not in (None, stored.get("quant")):
             stored = {}  # another format than the object's: its details do not apply
+        trained = self.training.options if self.training is not None else {}
         set_here = {name: value for name, value in options.items() if value is not None}
-        return {**(self.training or {}), **stored, **set_here}
+        return {**trained, **stored, **set_here}
 
 
 def _name_of(method: object) -> str | None:
@@ -82,9 +86,10 @@ def read_request(
     from peftplan.job import ecosystem
 
     stored = None if quantization_config is None else ecosystem.quant_options(quantization_config)
-    training = None if training_args is None else ecosystem.training_options(training_args)
+    request = request._replace(stored=stored)
+    chosen = {name: value for name, value in {"method": request.method, **request.all_options()}.items() if value is not None}
+    training = None if training_args is None else ecosystem.training(training_args, chosen)
     adapter = None if peft_config is None else ecosystem.adapter_config(peft_config)
     of_ddp = {ours: getattr(training_args, f"ddp_{name}", None) for name, ours in OF_DDP.items()}
     script = script.model_copy(update={name: value for name, value in of_ddp.items() if value is not None})
-    request = request._replace(script=script)
-    return request._replace(stored=stored, training=training, adapter=adapter)
+    return request._replace(script=script, training=training, adapter=adapter)

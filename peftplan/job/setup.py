@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -36,6 +36,8 @@ MOST = 2**31
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Kept = Annotated[Count | None, BeforeValidator(lambda v: None if isinstance(v, int) and v <= 0 else v)]
 """Checkpoints that are kept: all of them below 1, as in transformers (trainer_utils.py, `rotate_checkpoints`)."""
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+ATTENTION: tuple[str, ...] = get_args(Attention)
 
 
 def _release(text: str | None) -> str | None:
@@ -83,7 +85,7 @@ class Setup(BaseModel):
     offload_checkpoints: bool | None = None
     noisy_embeddings: bool | None = None
     expandable_segments: bool | None = None
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    attn_implementation: Attention | None = None
     kernels: KernelNames = None
     loss: Loss = "auto"
     logits_to_keep: Count | None = None

@@ -104,10 +104,13 @@ def estimate(
                 strict=strict,
                 **our_options,
             )
-            if config_document is not None and options.get("kernels") is None:
-                job, config_document = _with_formula(job, config_document)
-            if config_document is not None and options.get("eval_batch_size") is None:
-                job, config_document = _with_evaluation(job, config_document, counted=engine == "analytic")
+            document = config_document
+            if document is None and job.request.training is not None:
+                document = job.request.training.document
+            if document is not None and options.get("kernels") is None:
+                job, document = _with_formula(job, document)
+            if document is not None and options.get("eval_batch_size") is None:
+                job, document = _with_evaluation(job, document, counted=engine == "analytic")
             if of_file:
                 job = job._replace(warnings=(*of_file, *job.warnings))
             check_rank_allocator(job)
@@ -116,7 +119,9 @@ def estimate(
             if config_document is None or error.field.partition(".")[0] in chosen:
                 raise
             raise _of_key(error, config_document, places) from None
-    question = Question(counted, tuple(find_cards(gpu, context=context)), advice, config_document)
+    if config_document is None and document is not None and document["bound"] is None:
+        document = None  # arguments of which each is counted
+    question = Question(counted, tuple(find_cards(gpu, context=context)), advice, document)
     if engine == "trace":
         return traced(question, record=record, progress=progress)
     return analytic(question)

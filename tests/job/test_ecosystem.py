@@ -228,7 +228,7 @@ def test_a_teacher_of_the_arguments(module: str, name: str, trainer: str) -> Non
 )
 def test_losses_that_keep_other_tensors_are_refused(module: str, name: str, argument: str, value: float) -> None:
     args = getattr(pytest.importorskip(f"trl.experimental.{module}"), name)(**COMMON, bf16=False, **{argument: value})
-    with pytest.raises(peftplan.InputError, match=rf"training_args.{argument}: {value} is not valid; .*is not counted"):
+    with pytest.raises(peftplan.InputError, match=rf"training_args.{argument}: {value} is not valid; .* is not counted"):
         peftplan.estimate(CONFIG, training_args=args, teacher_model="smollm2-360m")
 
 
@@ -320,11 +320,22 @@ def test_checkpointing_kwargs_say_which_layers_and_where(kwargs: dict[str, Any],
         assert assumptions["use_reentrant"] is kwargs.get("use_reentrant", False)
 
 
-def test_checkpointing_that_is_not_counted_is_refused() -> None:
+def bounded(args: object, key: str) -> tuple[str, str]:
+    """The bound of an estimate whose arguments have a key that is not counted, and its warning."""
+    estimate = peftplan.estimate(CONFIG, training_args=args)
+    assert estimate.peaks is not None
+    (warning,) = [text for text in estimate.warnings if text.startswith(f"training_args.{key}")]
+    config = estimate.to_dict()["config"]
+    assert config["unsupported"].keys() == {f"training_args.{key}"}
+    with pytest.raises(peftplan.errors.RefusedError, match=key):
+        peftplan.estimate(CONFIG, training_args=args, strict=True)
+    return config["bound"], warning
+
+
+def test_checkpointing_that_is_not_counted_makes_a_bound() -> None:
     trl = pytest.importorskip("trl")
     args = trl.SFTConfig(**COMMON, gradient_checkpointing_kwargs={"selective": True}, bf16=False)
-    with pytest.raises(peftplan.InputError, match="selective"):
-        peftplan.estimate(CONFIG, training_args=args)
+    assert bounded(args, "gradient_checkpointing_kwargs.selective")[0] == "at_least"
 
 
 def test_checkpointing_kwargs_are_checked_as_options() -> None:
@@ -332,15 +343,19 @@ def test_checkpointing_kwargs_are_checked_as_options() -> None:
     args = transformers.TrainingArguments(
         **COMMON, activation_checkpointing=True, activation_checkpointing_kwargs={"every_n_layers": 0}
     )
-    with pytest.raises(peftplan.InputError, match="every_n_layers must be at least 1"):
+    with pytest.raises(peftplan.InputError, match=r"training_args.gradient_checkpointing_kwargs.every_n_layers: 0 is"):
         peftplan.estimate(CONFIG, training_args=args)
 
 
-def test_activations_that_trl_moves_to_the_host_are_refused() -> None:
+def test_activations_that_trl_moves_to_the_host_make_a_bound() -> None:
     trl = pytest.importorskip("trl")
-    args = trl.SFTConfig(**COMMON, activation_offloading=True, bf16=False)
-    with pytest.raises(peftplan.InputError, match="activation_offloading: True is not valid; accepted: False"):
-        peftplan.estimate(CONFIG, training_args=args)
+    bound, warning = bounded(trl.SFTConfig(**COMMON, activation_offloading=True, bf16=False), "activation_offloading")
+    assert (bound, warning.rpartition("; ")[2]) == ("at_most", "the peak is at most the stated one")
+    counted = {"kernels": ["trl-offload.activations"], "quant": "nf4", "trainer": "trl", "seq_len": 512, "batch_size": 8}
+    args = trl.SFTConfig(**COMMON, activation_offloading=True, max_length=512, bf16=False)
+    of_4_bits = peftplan.estimate(CONFIG, training_args=args, quant="nf4")
+    assert of_4_bits.lines() == peftplan.estimate(CONFIG, autocast="none", **counted).lines()
+    assert of_4_bits.to_dict().get("config") is None
 
 
 def test_liger_means_its_loss_to_trainer_and_only_its_layers_to_sft_trainer() -> None:
@@ -356,13 +371,22 @@ def test_liger_means_its_loss_to_trainer_and_only_its_layers_to_sft_trainer() ->
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("label_smoothing_factor", 0.1), ("neftune_noise_alpha", 5.0), ("torch_compile", True)]
+    ("field", "value", "bound"),
+    [
+        ("label_smoothing_factor", 0.1, "at_least"),
+        ("auto_find_batch_size", True, "at_most"),
+        ("torch_empty_cache_steps", 4, "at_most"),
+    ],
 )
-def test_training_arguments_that_are_not_counted_are_refused(field: str, value: object) -> None:
+def test_training_arguments_that_are_not_counted_make_a_bound(field: str, value: object, bound: str) -> None:
     transformers = pytest.importorskip("transformers")
-    args = transformers.TrainingArguments(**COMMON, **{field: value})
-    with pytest.raises(peftplan.InputError, match=f"training_args.{field}: .* not counted"):
-        peftplan.estimate(CONFIG, training_args=args)
+    assert bounded(transformers.TrainingArguments(**COMMON, **{field: value}), field)[0] == bound
+
+
+def test_arguments_of_which_nobody_knows_the_effect_are_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(peftplan.InputError, match=r"training_args.torch_compile: True is not valid; .* is not counted"):
+        peftplan.estimate(CONFIG, training_args=transformers.TrainingArguments(**COMMON, torch_compile=True))
 
 
 def test_the_cache_of_training_arguments_is_read() -> None:
@@ -428,17 +452,29 @@ def test_how_trl_loads_a_model() -> None:
     expected = peftplan.estimate(CONFIG, training_args=trl.SFTConfig(**COMMON, max_length=512, bf16=False), dtype="fp32",
                                  attn_implementation="eager")  # fmt: skip
     assert same(peftplan.estimate(CONFIG, training_args=args), expected)
+    named = trl.SFTConfig(**COMMON, model_init_kwargs={"torch_dtype": "float16", "device_map": "auto"}, bf16=False)
+    assert peftplan.estimate(CONFIG, training_args=named).assumptions["dtype"] == "fp16"
+    stored = trl.SFTConfig(**COMMON, model_init_kwargs={"quantization_config": {"load_in_4bit": True}}, bf16=False)
+    with pytest.raises(
+        peftplan.InputError, match=r"model_init_kwargs.quantization_config.load_in_4bit: .* name it as quantization_config"
+    ):
+        peftplan.estimate(CONFIG, training_args=stored)
     in_fp32 = "SFTTrainer loads a model passed by name in fp32"
     assert in_fp32 in str(peftplan.estimate(CONFIG, trainer="trl").assumptions["notes"])
     assert "notes" not in expected.assumptions
 
 
-@pytest.mark.parametrize(("fields", "named"), [({"padding_free": True}, "padding_free"), ({"packing": True}, "packing_strategy")])
-def test_a_batch_as_one_sequence_is_refused(fields: dict[str, Any], named: str) -> None:
-    trl = pytest.importorskip("trl")
-    with pytest.raises(peftplan.InputError, match=f"training_args.{named}: .* is not counted"):
-        peftplan.estimate(CONFIG, training_args=trl.SFTConfig(**COMMON, bf16=False, **fields))
-    wrapped = trl.SFTConfig(**COMMON, bf16=False, packing=True, packing_strategy="wrapped")
+def test_a_batch_as_one_sequence() -> None:
+    """A row of per_device_train_batch_size × max_length tokens without padding, as a script's `packing=True`."""
+    config = pytest.importorskip("trl").SFTConfig
+    with pytest.raises(peftplan.InputError, match=r"training_args.padding_free: .* is not counted"):
+        peftplan.estimate(CONFIG, training_args=config(**COMMON, bf16=False, padding_free=True))
+    packed = config(**COMMON, bf16=False, packing=True, max_length=64, per_device_train_batch_size=3)
+    by_sdpa = peftplan.estimate(CONFIG, training_args=packed).assumptions
+    assert (by_sdpa["trainer"], by_sdpa["batch_size"], by_sdpa["seq_len"]) == ("trl-packed", 1, 192)
+    by_flash = peftplan.estimate(CONFIG, training_args=packed, attn_implementation="flash_attention_2").assumptions
+    assert (by_flash["trainer"], by_flash["batch_size"], by_flash["seq_len"]) == ("trl", 1, 192)
+    wrapped = config(**COMMON, bf16=False, packing=True, packing_strategy="wrapped")
     assert peftplan.estimate(CONFIG, training_args=wrapped).peaks is not None
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 import peftplan
 from peftplan.cli import COMMANDS
-from peftplan.job.ecosystem import NOT_COUNTED, TRAINING_FIELDS
+from peftplan.job.configs.facts import facts
 from peftplan.job.script import Script
 from peftplan.methods import METHODS
 from tools.fuzz import paths
@@ -33,11 +33,7 @@ TINY = {
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128,
     "max_position_embeddings": 4096,
 }  # fmt: skip
-TRAINING_OBJECT = (
-    *TRAINING_FIELDS, *NOT_COUNTED, "model_init_kwargs", "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs",
-    "bf16", "fp16", "padding_free", "packing", "packing_strategy", "activation_offloading", "use_liger_kernel",
-    "liger_kernel_config",
-)  # fmt: skip
+TRAINING_OBJECT = tuple(sorted({*facts("transformers").schema, *facts("trl").schema, "activation_checkpointing_kwargs"}))
 
 
 class Case(NamedTuple):

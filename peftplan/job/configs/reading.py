@@ -14,7 +14,7 @@ from peftplan.job.configs.instances import plain
 from peftplan.job.configs.interpolation import resolved
 from peftplan.job.configs.plan import LAUNCHERS, NO_EFFECT, Ignored, Read, Refused, Unsupported
 from peftplan.job.configs.tool_file import Row, Rule
-from peftplan.job.loaded import ATTENTION
+from peftplan.job.setup import ATTENTION
 from peftplan.job.trainers import TRAINERS
 from peftplan.methods.targets import OURS
 from peftplan.validation import listed

@@ -8,6 +8,7 @@ import peftplan.methods as methods
 from peftplan.distributed.strategy import Distributed
 from peftplan.errors import RefusedError
 from peftplan.job.configs.documents import Values
+from peftplan.job.configs.with_file import OF_STORAGE
 from peftplan.job.job import Job
 from peftplan.job.launch.writing import stated
 from peftplan.job.setup import Setup
@@ -17,16 +18,6 @@ BYTELESS: dict[str, object] = {"lora_alpha": 8, "use_rslora": False, "init_lora_
 """Fields of a method that scale or initialize its tensors → peft's defaults. A file has them where the tool has a key."""
 BY_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Fields that only choose modules: two jobs are equal in them if the same modules are adapted."""
-OF_STORAGE = (
-    "quant",
-    "double_quant",
-    "quant_bits",
-    "quant_group_size",
-    "quant_blocksize",
-    "quant_skip_modules",
-    "quant_experts",
-    "quant_storage",
-)
 WITHOUT_EFFECT = (*OF_STORAGE, "compute_dtype", "trust_remote_code", "task_type")
 """Fields of a setup that `fields_of` takes from elsewhere, or that change nothing."""
 ROLES = frozenset(Distributed.model_fields)

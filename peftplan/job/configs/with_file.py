@@ -15,7 +15,6 @@ from peftplan.errors import PeftplanError, RefusedError, UnknownNameError, Unsup
 from peftplan.job.configs.facts import facts
 from peftplan.job.configs.models import is_folder
 from peftplan.job.configs.plan import LOADING_AS_TOLD, ConfigPlan, Effect, Tool, Unsupported, bound
-from peftplan.job.configs.sayable import OF_STORAGE
 from peftplan.job.kernels import kernels_of, named_kernels
 from peftplan.job.launch import OF_FSDP
 from peftplan.job.script import OF_DDP
@@ -28,6 +27,16 @@ if TYPE_CHECKING:
     from peftplan.results.config_documents import ConfigDocument
 
 EVALUATED = "eval_batch_size"
+OF_STORAGE = (
+    "quant",
+    "double_quant",
+    "quant_bits",
+    "quant_group_size",
+    "quant_blocksize",
+    "quant_skip_modules",
+    "quant_experts",
+    "quant_storage",
+)
 OF_A_STORED_BASE = (*OF_STORAGE, "compute_dtype", "kbit_prepare")
 """Options without effect where nothing is quantized."""
 
