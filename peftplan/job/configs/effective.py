@@ -16,6 +16,9 @@ from peftplan.job.sources import checkpoint_dtype
 from peftplan.methods.experts import CONVERSIONS
 from peftplan.versions import is_before
 
+BYTES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+SIZE = re.compile(r"([0-9]+(?:[.][0-9]+)?) *(|[KMG]I?B)")
+"""A size as accelerate reads it (accelerate, utils/modeling.py, `convert_file_size_to_int`): `Gb` are bits."""
 NOTHING = ("none", "", "false", "no", "null", "[]", "{}", "0", "0.0")
 
 
@@ -122,6 +125,8 @@ class Effective:
             return not all(any(self._equal(each, known) for known in accepted["other_than"]) for each in entries)
         if "below" in accepted:
             return any(number < accepted["below"] for number in self._numbers([key]) or ())
+        if "grants" in accepted:
+            return self._grants(key, accepted["grants"])
         if "more_than" in accepted:
             numbers = self._numbers([key, accepted["more_than"]])
             return numbers is not None and numbers[0] > numbers[1]
@@ -146,6 +151,19 @@ class Effective:
         units = [1 if isinstance(key, int) else (padded or {}).get(key, 1) for key in keys]
         known = [key if isinstance(key, int) else int(text) for key, text in zip(keys, texts, strict=True)]
         return [-(-number // unit) * unit for number, unit in zip(known, units, strict=True)]
+
+    def _grants(self, key: str, itemsize: int) -> bool:
+        """Whether a limit of a device surely holds the model, in so many bytes a parameter, beside the largest part that one
+        device keeps whole: accelerate leaves room for it, in 90 % of the limit where the model is quantized."""
+        size = SIZE.fullmatch(str(self.of(key)).upper())
+        entry = catalogue.find(self._model())
+        layers, rows, width = map(self._of_model, ("num_hidden_layers", "vocab_size", "hidden_size"))
+        if size is None or entry is None or not (isinstance(layers, int) and isinstance(rows, int) and isinstance(width, int)):
+            return False
+        largest = max(2 * entry.num_parameters // layers, rows * width)
+        limit = float(size[1]) * BYTES[size[2]] / (8 if str(self.of(key)).endswith("b") else 1)
+        in_fp32 = 2 * 4 * rows * width  # embedding and head, which are not quantized
+        return 9 * limit >= 10 * (itemsize * (entry.num_parameters + largest) + in_fp32)
 
     def _has_vocabulary(self, accepted: Accepted) -> bool:
         """Whether the rows of the model's embedding are, or are not known to be, a multiple of a number."""

@@ -40,6 +40,8 @@ BF16 = ("is_bfloat16_supported", "is_bf16_supported")
 CAPABLE = re.compile(r"torch\.cuda\.get_device_capability\((0|device)?\)(\[0\] >= 8| >= \(8, 0\))")
 """The same question, asked of the compute capability."""
 
+MOST_GPUS = 16
+"""GPUs of one node, at most."""
 COPIES = ("dict", "copy.copy", "copy.deepcopy")
 """Functions that copy a dictionary; so does its method `copy`."""
 
@@ -145,7 +147,7 @@ class Expressions:
         if isinstance(node, ast.Call):
             return self._call(node)
         if isinstance(node, ast.DictComp):
-            return self._filtered(node)
+            return self._of_gpus(node) or self._filtered(node)
         if isinstance(node, ast.IfExp):
             chosen = self._truth(node.test)
             if chosen is None:
@@ -176,6 +178,17 @@ class Expressions:
             operand = self.value(node.operand)
             return not operand if plain(operand) and not _is_flag_of_torch(operand) else node
         return node
+
+    def _of_gpus(self, node: ast.DictComp) -> dict[object, object] | None:
+        """`{i: "80GB" for i in range(gpus)}`: a size for each GPU, of which there is one where the program counts them."""
+        loop, size = node.generators[0], self.value(node.value)
+        if len(node.generators) > 1 or loop.ifs or ast.unparse(loop.target) != ast.unparse(node.key):
+            return None
+        if not (isinstance(loop.iter, ast.Call) and ast.unparse(loop.iter.func) == "range" and len(loop.iter.args) == 1):
+            return None
+        count = self.value(loop.iter.args[0])
+        sizes = isinstance(size, str) and re.fullmatch(r"[0-9.]+ *[KMG]i?B", size)
+        return dict.fromkeys(range(min(count, MOST_GPUS) if isinstance(count, int) else 1), size) if sizes else None
 
     def _filtered(self, node: ast.DictComp) -> object:
         """`{k: v for k, v in items.items() if k != "x"}`: items whose keys pass the conditions."""

@@ -58,6 +58,8 @@ class Product(TypedDict, total=False):
     """The key whose number is smaller."""
     multiple_of: str
     no_multiple_of: int
+    grants: int
+    """Bytes a parameter of the model that a limit of memory surely holds."""
 
 
 class Meant(TypedDict, total=False):
@@ -125,7 +127,8 @@ class Rule(TypedDict, total=False):
     for which the tool's defaults count, `said` or `unsaid`: by the file, `null`: said to be nothing, `fraction`: a number that is
     not whole, `whole`: nothing or a whole number, or `{"below": number}`, `{"other_than": [values]}`, `{"same_as": key}`,
     `{"at_least": number, "times": key}`: its product with another key's, or `{"multiple_of": key, "times": key}`, or of
-    `key_value_heads`, the model's, `{"multiple_of": key}`, or `{"no_multiple_of": number}`, or `{"more_than": key}`.
+    `key_value_heads`, the model's, `{"multiple_of": key}`, or `{"no_multiple_of": number}`, or `{"more_than": key}`, or
+    `{"grants": bytes}`: a size that holds the model in so many bytes a parameter.
     `tool_version` is `older` than a release of `changed_in`, as the user or an earlier rule says, or `newest`,
     `file` and `program` are what is read, `header` its comments, `installs` how releases begin that a notebook installs;
     `architecture` is the model's `model_type`, or another than those in `{"other_than": [names]}`, `checkpoint` the dtype in its
