@@ -155,7 +155,7 @@ def training(args: object, chosen: Mapping[str, object]) -> Training:
     from peftplan.job.configs.planned import plan_of
     from peftplan.job.configs.with_file import EVALUATED
 
-    if not hasattr(args, "per_device_train_batch_size"):
+    if isinstance(args, type) or not hasattr(args, "per_device_train_batch_size"):
         raise InputError(ARGUMENTS, args, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
     trainer = TRAINERS[_trainer(args)]
     of_trl = trainer.package == "trl"

@@ -488,3 +488,9 @@ def test_what_only_peft_reads_of_an_adapter_config_is_named(adapter: dict[str, A
     estimate = peftplan.estimate("llama-3.2-1b", peft_config={"target_modules": ["q_proj"], **adapter})
     assert estimate.peaks is None
     assert estimate.not_modelled[0].startswith(f"activations of {what} (")
+
+
+def test_a_class_of_arguments_is_no_object() -> None:
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(peftplan.InputError, match=r"training_args: <class .* accepted: a transformers TrainingArguments"):
+        peftplan.estimate(CONFIG, training_args=transformers.TrainingArguments)
