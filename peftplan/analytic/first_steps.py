@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from peftplan.analytic import ranks
 from peftplan.analytic.running import facts_of
 from peftplan.arch.modules import Architecture
-from peftplan.depth.skipped import write_skipped
+from peftplan.depth.written import write_skipped
 from peftplan.distributed.any_world import as_recorded
 from peftplan.job.setup import Setup
 from peftplan.memory.step import steady_step

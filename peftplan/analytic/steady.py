@@ -147,7 +147,7 @@ def _run(inventory: "Inventory", *, compute_capability: str, late: bool, in_full
         reference = reference_of(job, model)
     steady_step(model, program, reference=reference)
     if model.left_out:
-        from peftplan.depth.skipped import write_skipped
+        from peftplan.depth.written import write_skipped
 
         write_skipped(model.tape, model.left_out)
     return model, first, known
