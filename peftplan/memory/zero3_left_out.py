@@ -13,11 +13,14 @@ from peftplan.units import ceil_div
 def leaving_out(zero: Zero3, stack: str, layers: int) -> Skipped | None:
     """A stack without the layers between which the coordinator reaches neither end; None where there are none."""
     limits = zero.coordinator.limits
-    numel = sum(p.numel for (_, number), p in zero.sharded.items() if number == 1)
+    of_layer = [p for (_, number), p in zero.sharded.items() if number == 1]
+    numel = sum(p.numel for p in of_layer)
     trained = sum(p.numel for p in zero.sharded.values() if p.trainable)
     if not numel or trained > zero.bucket_size or zero.model.arch.encoder_layers:
         return None
-    ends = run_of(layers, reach=ceil_div(limits.prefetch_bucket + max(limits.max_live, limits.max_reuse), numel))
+    ahead = ceil_div(limits.prefetch_bucket + max(limits.max_live, limits.max_reuse), numel)
+    counted = sum(p.numel for p in of_layer if p not in zero.of_leaves)  # as `_before` does, in forward and again in backward
+    ends = run_of(layers, reach=max(ahead, ceil_div(limits.max_reuse, 2 * counted)))
     if ends is None:
         return None
     low, high = ends
