@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftplan.distributed.layout import LLAMA_FACTORY_V1, TORCHTUNE
-from peftplan.job.axolotl_trainers import BEFORE_0_21, OF_AXOLOTL
+from peftplan.job.axolotl_trainers import BEFORE_0_21, OF_AXOLOTL, PINS_OF_0_19
 from peftplan.job.swift_trainers import OF_SWIFT
 from peftplan.job.tool_trainers import (
     AUTOMODEL_KD,
@@ -178,7 +178,9 @@ TRAINERS: dict[TrainerName, Trainer] = {
     )
 }
 
-OLDER = {trainer.name: (AXOLOTL_KEEPS_TABLES, BEFORE_0_21) for trainer in OF_AXOLOTL}
+OLDER = {trainer.name: (AXOLOTL_KEEPS_TABLES, BEFORE_0_21) for trainer in OF_AXOLOTL} | {
+    "axolotl": (AXOLOTL_KEEPS_TABLES, BEFORE_0_21 | PINS_OF_0_19)
+}
 """Trainer → the release of its tool that changed it, and what was otherwise before."""
 
 
