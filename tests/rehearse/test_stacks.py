@@ -94,10 +94,11 @@ def test_bitsandbytes_refuses_latent_keys_in_8_bits() -> None:
         ({"gradient_checkpointing": False}, None),
     ],
 )
-def test_axolotl_makes_reentrant_checkpoints(values: dict[str, Any], reentrant: bool | None) -> None:
-    """utils/config/__init__.py:395."""
+def test_axolotl_0_19_makes_reentrant_checkpoints(values: dict[str, Any], reentrant: bool | None) -> None:
+    """axolotl 0.19.0, utils/config/__init__.py:401."""
     config: dict[str, Any] = {"base_model": "Qwen/Qwen2.5-0.5B", "adapter": "lora", "gradient_checkpointing": True}
-    assert read_values({**config, **values}, file="a.yml").options.get("use_reentrant") is reentrant
+    plan = read_values({**config, **values}, file="a.yml", tool_version="0.19")
+    assert plan.options.get("use_reentrant") is reentrant
 
 
 def test_adapters_of_such_stacks_have_no_peak() -> None:
