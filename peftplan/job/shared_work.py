@@ -14,6 +14,7 @@ from peftplan.job.automodel import BUILT
 from peftplan.job.script import Script
 from peftplan.job.setup import Setup
 from peftplan.job.shared_bases import FLOATS, check_flat_dtypes
+from peftplan.job.trainers import OLDER, TRAINERS
 from peftplan.storage import QuantConfig
 from peftplan.versions import FSDP2_TAIL_APART, PINNED_ACCELERATE, named
 
@@ -38,6 +39,11 @@ def check_distributed(
         raise RefusedError(
             f"quant_storage: FSDP1 cannot flatten integer dtype tensors (torch, _flat_param.py), and {quant.name} stores "
             f"{quant.quant_storage if quant.name != 'int8' else 'int8'}; accepted: --quant-storage bf16 with nf4 or fp4"
+        )
+    if strategy == "fsdp1" and setup.trainer in OLDER and setup.by is TRAINERS[setup.trainer]:
+        raise RefusedError(
+            "strategy: axolotl 0.21.0 has no FSDP1: ValueError (utils/schemas/validation.py:1442); accepted: ddp, fsdp2, zero1, "
+            "zero2 or zero3, or --tool-version 0.19.0"
         )
     check_flat_dtypes(distributed, setup, architecture)
     if distributed.static_graph and setup.gradient_accumulation_steps > 1 and not distributed.sync_each_batch:

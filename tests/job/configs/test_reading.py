@@ -523,3 +523,11 @@ def test_a_file_that_axolotl_0_21_refuses_is_read_as_by_0_19(config: dict[str, o
     assert (plan.options["strategy"], plan.options["tool_version"], plan.version) == ("fsdp1", "0.19", "0.19")
     assert "axolotl 0.21.0 raises ValueError" in plan.assumed["tool_version"]
     assert read(values | {"fsdp_config": {"offload_params": False}}).options["strategy"] == "fsdp2"
+
+
+def test_axolotl_0_21_refuses_fsdp1() -> None:
+    """It had a peak if the release was named, or the strategy."""
+    with pytest.raises(RefusedError, match=r"axolotl 0\.21\.0 has no FSDP1.*--tool-version 0\.19\.0"):
+        peftplan.estimate("llama-3.2-1b", trainer="axolotl", strategy="fsdp1", gpus=4)
+    older = peftplan.estimate("llama-3.2-1b", trainer="axolotl", strategy="fsdp1", gpus=4, tool_version="0.19.0")
+    assert older.peaks is not None
