@@ -151,5 +151,5 @@ OF_AXOLOTL = (
 BEFORE_0_21: dict[str, object] = {"recasts_tables": True, "other_heads": ("gpt_neox",)}
 """What was otherwise before `versions.AXOLOTL_KEEPS_TABLES` (0.19.0, loaders/model.py:446 and :486, loaders/utils.py:309)."""
 PINS_OF_0_19: dict[str, object] = {"pins_liger": True, "transformers": "5.16", "deepspeed": "0.18.9"}
-"""What formulas go by of the libraries that 0.19.0 pins; those of 0.21.0 (transformers 5.20.1, Liger 0.8.4, DeepSpeed up to 0.20)
+"""What formulas go by of the libraries that 0.19.0 pins; those of 0.21.0 (transformers of 5.20, Liger 0.8.4, DeepSpeed to 0.20)
 do what the newest ones do."""

@@ -40,7 +40,7 @@ RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
-"""Names of transformers 5.24 → those of other releases."""
+"""Today's names of transformers → those of other releases."""
 FOUR_BITS = ("nf4", "fp4")
 ARGUMENTS = "training_args"
 LIBRARIES = ("transformers", "trl", "sentence_transformers")
@@ -157,10 +157,13 @@ def training(args: object, chosen: Mapping[str, object]) -> Training:
 
     if isinstance(args, type) or not hasattr(args, "per_device_train_batch_size"):
         raise InputError(ARGUMENTS, args, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
+    for field in ("gradient_checkpointing_kwargs", "liger_kernel_config"):
+        if not isinstance(value := getattr(args, field, None), (Mapping, str, type(None))):
+            raise InputError(f"{ARGUMENTS}.{field}", value, "accepted: a dict")
     trainer = TRAINERS[_trainer(args)]
-    of_trl = trainer.package == "trl"
-    tool = facts("trl-script" if of_trl else "transformers-script")
     arguments = trainer.arguments or "TrainingArguments"
+    of_trl = arguments.endswith("Config")
+    tool = facts("trl-script" if of_trl else "transformers-script")
     trainer_class = arguments.replace("Config", "Trainer") if of_trl else "Trainer"
     called: dict[str, object] = {"args": {"call": arguments, **_fields_set(args, tool)}, "trainer": {"call": trainer_class}}
     if chosen.get("method") == "qlora" or chosen.get("quant") in FOUR_BITS:

@@ -123,13 +123,22 @@ def test_the_first_rank_holds_the_odd_row() -> None:
 
 REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"model": "gpt2"}, "strategy: tp divides a model by its tp_plan, and GPT2LMHeadModel has none in transformers"),
-    ({"model": "qwen2.5-0.5b"}, "tp_size: 4 is not valid; accepted: a divisor of the model's 14 attention heads"),
-    ({"model": "gemma-3-1b-pt"}, "tp_size: 4 is not valid; accepted: a divisor of the model's 1 heads of keys and values"),
+    (
+        {"model": "qwen2.5-0.5b"},
+        "gpus: 4 is not valid; strategy tp divides matrices by 4; accepted: a divisor of the model's 14 attention heads",
+    ),
+    (
+        {"model": "gemma-3-1b-pt"},
+        "gpus: 4 is not valid; strategy tp divides matrices by 4; accepted: a divisor of the model's 1 heads of keys and values",
+    ),
     (
         {"model": "qwen3-30b-a3b", "gpus": 8},
-        "tp_size: 8 is not valid; accepted: a divisor of the model's 4 heads of keys and values",
+        "gpus: 8 is not valid; strategy tp divides matrices by 8; accepted: a divisor of the model's 4 heads of keys and values",
     ),
-    ({"model": "deepseek-v2-lite", "gpus": 3}, "tp_size: 3 is not valid; accepted: a divisor of the model's 16 attention heads"),
+    (
+        {"model": "deepseek-v2-lite", "gpus": 3},
+        "gpus: 3 is not valid; strategy tp divides matrices by 3; accepted: a divisor of the model's 16 attention heads",
+    ),
     ({"model": "llama-3.2-1b", "trainer": "plain"}, "optim: adamw_torch steps over lists of tensors, and a loop that passes"),
     (
         {"model": "llama-3.2-1b", "method": "lora", "r": 8, "target_modules": "all-linear"},

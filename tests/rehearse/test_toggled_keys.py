@@ -19,8 +19,8 @@ ROWS = rows()
 REHEARSED = [row for row in ROWS if row["by"] == "rehearsal"]
 OFTEN = 5
 """Published files that have a key."""
-OF_COMMITS = ("nemo-automodel",)
-"""Tools whose table is of a commit: rows are of the release behind it."""
+OF_COMMITS = ("nemo-automodel", "axolotl")
+"""Tools whose table is of a commit or of a newer release: rows are of the release before it."""
 
 
 @cache
