@@ -137,7 +137,7 @@ GPUS: dict[str, str] = {
     "--strategy": "how the GPUs share the job; default: ddp",
     "--accelerate-config": "an accelerate config file (YAML)",
     "--deepspeed": "a DeepSpeed config file (JSON); auto is filled in as by transformers",
-    "--tool-version": "release of the tool that trains; axolotl before 0.21 loads and checkpoints otherwise, and has FSDP1",
+    "--tool-version": "release of the training tool; axolotl before 0.21 loads and checkpoints differently, has FSDP1",
     "--accelerate": "accelerate release that prepares the model; before 1.14 its FSDP2 units and casts differ",
     "--deepspeed-version": "DeepSpeed release that runs ZeRO-3; before 0.19.3 it keeps weights that no hook releases",
     "--reshard-after-forward": "FSDP: free gathered weights after forward; true, false, or a number of ranks",

@@ -15,6 +15,7 @@ from peftplan.errors import InputError, MissingError, quoted
 from peftplan.job.tasks import OF_VLLM
 from peftplan.job.trainer_words import TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS
+from peftplan.storage.config import FOUR_BIT
 
 if TYPE_CHECKING:
     from dataclasses import Field
@@ -41,7 +42,6 @@ RENAMED = {
     "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
 }
 """Today's names of transformers → those of other releases."""
-FOUR_BITS = ("nf4", "fp4")
 ARGUMENTS = "training_args"
 LIBRARIES = ("transformers", "trl", "sentence_transformers")
 """Packages whose classes of arguments are known."""
@@ -166,7 +166,7 @@ def training(args: object, chosen: Mapping[str, object]) -> Training:
     tool = facts("trl-script" if of_trl else "transformers-script")
     trainer_class = arguments.replace("Config", "Trainer") if of_trl else "Trainer"
     called: dict[str, object] = {"args": {"call": arguments, **_fields_set(args, tool)}, "trainer": {"call": trainer_class}}
-    if chosen.get("method") == "qlora" or chosen.get("quant") in FOUR_BITS:
+    if chosen.get("method") == "qlora" or chosen.get("quant") in FOUR_BIT:
         called["quant"] = {"load_in_4bit": True}
     try:
         plan = plan_of(Document(called, program=ARGUMENTS, chosen=chosen), tool, file=ARGUMENTS)

@@ -1,4 +1,4 @@
-"""axolotl casts the embedding and the head to fp32 while it loads a model to be adapted, and back, one after the other.
+"""axolotl before 0.21 casts the embedding and the head of a model to be adapted to fp32 and back while it loads, one by one.
 
 Source: axolotl 0.19.0, loaders/model.py:446 and :486 (`_convert_embedding_modules_dtype`). Rehearsed: `axolotl train` with QLoRA,
 and on ranks; on one GPU it loads a dense model on the host. Left out: norms, which are cast too.

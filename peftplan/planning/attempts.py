@@ -35,7 +35,7 @@ def judged(trials: Trials, before: Sizes, change: Change) -> Advice | None:
     (on_card,) = result.gpus
     peak, word = (result.peaks.allocated if result.peaks else None), on_card.verdict
     if trials.lower_bound and result.peaks is not None and result.peaks.incomplete and on_card.headroom_bytes >= 0:
-        # of a lower bound, which `Advised.uncertain` says
+        # the verdict of the counted part; `Advised.uncertain` says that it is a lower bound
         word = "fits" if on_card.headroom_bytes >= TIGHT * on_card.usable_bytes else "tight"
     return row_of(trials, before, change)._replace(verdict=word, peak_allocated=peak, headroom_bytes=on_card.headroom_bytes)
 
