@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from types import UnionType
+from typing import Annotated, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from peftplan.errors import BoundError, InputError, MissingError, UnknownNameError
 from peftplan.units import MIB
@@ -68,6 +70,24 @@ def text(value: object, *, field: str) -> str:
 def listed(value: object) -> object:
     """A comma-separated string as the names in it, with or without spaces around them; anything else as it is."""
     return tuple(name.strip(" ") for name in value.split(",")) if isinstance(value, str) else value
+
+
+def no_switches(cls: type[BaseModel], values: Mapping[str, object]) -> None:
+    """Raise BoundError for `True` or `False` where a field takes numbers and no switch, which pydantic reads as 1 or 0."""
+    for name, value in values.items():
+        if isinstance(value, bool) and (field := cls.model_fields.get(name)) is not None:
+            kinds = set(_kinds(field.annotation))
+            if kinds & {int, float} and bool not in kinds:
+                raise BoundError(name, value, "a whole number" if int in kinds else "a number")
+
+
+def _kinds(annotation: object) -> Iterator[object]:
+    """The types in an annotation, unions and `Annotated` taken apart."""
+    if get_origin(annotation) in (Union, UnionType, Annotated):
+        for part in get_args(annotation):
+            yield from _kinds(part)
+    else:
+        yield annotation
 
 
 def first_error(

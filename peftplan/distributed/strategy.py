@@ -28,7 +28,7 @@ from peftplan.distributed.names import (
 )
 from peftplan.dtypes import MODEL_DTYPES, parse_dtype
 from peftplan.errors import InputError, OptionError
-from peftplan.validation import first_error, listed
+from peftplan.validation import first_error, listed, no_switches
 from peftplan.versions import ADAPTERS_KEPT, LEFTOVERS_RELEASED
 
 Names = Annotated[tuple[str, ...], BeforeValidator(listed)]
@@ -260,6 +260,7 @@ def parse_distributed(options: Mapping[str, object]) -> Distributed | None:
 @lru_cache(maxsize=64, typed=True)
 def _parsed(**options: object) -> Distributed | None:
     """`parse_distributed` of options that were given; many estimates of a process share them."""
+    no_switches(Distributed, options)
     try:
         distributed = Distributed.model_validate(options)
     except ValidationError as error:

@@ -12,7 +12,7 @@ from peftplan.job.kernels import kernels_of, named_kernels
 from peftplan.job.trainer import NARROWED, Forward, Trainer
 from peftplan.job.trainer_words import Autocast, DeviceMap, Loss, TrainerName
 from peftplan.job.trainers import DEFAULT, TRAINERS, of_release
-from peftplan.validation import first_error, listed, size_in_bytes
+from peftplan.validation import first_error, listed, no_switches, size_in_bytes
 
 Engine = Literal["analytic", "trace"]
 ENGINES: tuple[Engine, ...] = ("analytic", "trace")
@@ -211,6 +211,7 @@ def parse_setup(options: Mapping[str, object]) -> Setup:
     unknown = next((name for name in options if name not in Setup.model_fields), None)
     if unknown is not None:
         raise UnknownNameError("option", unknown, Setup.model_fields)
+    no_switches(Setup, options)
     try:
         return Setup.model_validate(dict(options))
     except ValidationError as error:

@@ -250,8 +250,9 @@ def validated(cls: "type[MethodConfig]", values: Mapping[str, object]) -> "Metho
     """A checked configuration. Raises InputError."""
     from pydantic import ValidationError
 
-    from peftplan.validation import first_error
+    from peftplan.validation import first_error, no_switches
 
+    no_switches(cls, values)
     try:
         return cls.model_validate(values)
     except ValidationError as error:
