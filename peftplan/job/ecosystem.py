@@ -140,20 +140,29 @@ class Training(NamedTuple):
     document: ConfigDocument | None = None
     """The `config` field of a result."""
 
+    def named(self, error: InputError) -> InputError:
+        """The error about an option under the name of the argument that sets it."""
+        rows = {} if self.document is None else self.document["read"]
+        keys = [key for key, row in rows.items() if error.field in row["option"].split(", ") and key.startswith("args.")]
+        exact = [key for key in keys if rows[key]["value"] == error.value]
+        return error.named(f"{ARGUMENTS}.{(exact or keys)[0].removeprefix('args.')}") if keys else error
+
     def without(self, names: Container[str]) -> Training:
         """The same, less some options."""
         return self._replace(options={name: value for name, value in self.options.items() if name not in names})
 
 
-def training(args: object, chosen: Mapping[str, object]) -> Training:
+def training(args: object, chosen: Mapping[str, object], *, config: Mapping[str, object]) -> Training:
     """A `TrainingArguments` or one of TRL's configs, read as the same call in a script is (`data/configs`).
 
-    `chosen`: the user's own options, which win. Raises InputError for an argument of which nobody knows what it does to the peak.
+    `chosen`: the user's own options, which win; `config`: the model's. Raises InputError for an argument of which nobody
+    knows what it does to the peak.
     """
     from peftplan.job.configs.documents import Document
     from peftplan.job.configs.facts import facts
     from peftplan.job.configs.planned import plan_of
-    from peftplan.job.configs.with_file import EVALUATED
+    from peftplan.job.configs.with_file import DISABLES_DROPOUT, EVALUATED
+    from peftplan.job.launch import accelerate
 
     if isinstance(args, type) or not hasattr(args, "per_device_train_batch_size"):
         raise InputError(ARGUMENTS, args, "accepted: a transformers TrainingArguments or a TRL SFTConfig")
@@ -169,7 +178,7 @@ def training(args: object, chosen: Mapping[str, object]) -> Training:
     if chosen.get("method") == "qlora" or chosen.get("quant") in FOUR_BIT:
         called["quant"] = {"load_in_4bit": True}
     try:
-        plan = plan_of(Document(called, program=ARGUMENTS, chosen=chosen), tool, file=ARGUMENTS)
+        plan = plan_of(Document(called, program=ARGUMENTS, chosen=chosen, model=config), tool, file=ARGUMENTS)
     except InputError as error:
         raise error.named(error.field.replace(f"{ARGUMENTS}: args.", f"{ARGUMENTS}.")) from None
     loading = {row.option for key, row in plan.read.items() if key.startswith(OF_LOADING)}
@@ -180,24 +189,40 @@ def training(args: object, chosen: Mapping[str, object]) -> Training:
         options["trainer"] = trainer.name  # Trainer, or one whose arguments have no rules of their own
     if not chosen.get("use_vllm", options.get("use_vllm")):
         options = {name: value for name, value in options.items() if name not in OF_VLLM}
-    options |= _sharding(args)
+    try:
+        options |= _sharding(args)
+    except InputError as error:
+        raise error.named(f"{ARGUMENTS}.{error.field.removeprefix(f'{accelerate.ACCELERATE}: ').replace(': ', '.')}") from None
     defaults = _defaults(args)
     uncounted: dict[str, Unsupported] = {}
     for key, row in plan.without(chosen).items():
         name = key.removeprefix("args.")
         if name != key and name in defaults and defaults[name] == row.value:  # what a trainer does by itself is counted
             continue
-        if row.effect == "unknown":
-            raise InputError(f"{ARGUMENTS}.{name}", row.value, f"{row.why}; accepted: without it, as it is not counted")
+        if row.effect == "unknown" and name != DISABLES_DROPOUT:
+            raise _not_counted(f"{ARGUMENTS}.{name}", row.value, row.why)
         uncounted[f"{ARGUMENTS}.{name}"] = row
     warnings = [
         f"{name}={row.value}: {row.why}; the peak is at {'most' if row.effect == 'lowers' else 'least'} the stated one"
         for name, row in uncounted.items()
-        if row.option != EVALUATED
+        if row.option != EVALUATED and row.effect != "unknown"
     ]
     warnings += [f"{ARGUMENTS}: {why}; the numbers are those {change}" for why, change in plan.refusals(chosen).items()]
     document = replace(plan, options=options, unsupported=uncounted).to_dict(chosen)
     return Training(options, tuple(warnings), document)
+
+
+def check_dropout(document: ConfigDocument) -> None:
+    """Raise InputError for `disable_dropout` where it decides what drops."""
+    from peftplan.job.configs.with_file import DISABLES_DROPOUT
+
+    for name, row in document["unsupported"].items():
+        if name == f"{ARGUMENTS}.{DISABLES_DROPOUT}":
+            raise _not_counted(name, row["value"], row["why"])
+
+
+def _not_counted(name: str, value: object, why: str) -> InputError:
+    return InputError(name, value, f"{why}; accepted: without it, as it is not counted")
 
 
 def _defaults(args: object) -> dict[str, object]:
@@ -223,6 +248,8 @@ def _fields_set(args: object, tool: Facts) -> dict[str, object]:
             continue
         if known is not None and value == known.default == defaults.get(name, value):
             continue
+        if known is not None and "ignored" not in known.row and isinstance(defaults.get(name), bool) and isinstance(value, str):
+            raise InputError(f"{ARGUMENTS}.{name}", value, "accepted: True or False")  # Python takes "no" for true
         if set_fields.get(name) is None:
             set_fields[name] = value
     kwargs = set_fields.get("gradient_checkpointing_kwargs")

@@ -80,7 +80,12 @@ def prepare(
             script=script,
             **options,
         )
-        job = prepared(request)
+        try:
+            job = prepared(request)
+        except InputError as error:
+            if request.training is None or options.get(error.field) is not None:
+                raise
+            raise request.training.named(error) from None
         if strict and job.warnings:
             raise RefusedError(job.warnings[0])
         return job

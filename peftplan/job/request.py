@@ -88,7 +88,7 @@ def read_request(
     stored = None if quantization_config is None else ecosystem.quant_options(quantization_config)
     request = request._replace(stored=stored)
     chosen = {name: value for name, value in {"method": request.method, **request.all_options()}.items() if value is not None}
-    training = None if training_args is None else ecosystem.training(training_args, chosen)
+    training = None if training_args is None else ecosystem.training(training_args, chosen, config=sources.load_config(model))
     adapter = None if peft_config is None else ecosystem.adapter_config(peft_config)
     of_ddp = {ours: getattr(training_args, f"ddp_{name}", None) for name, ours in OF_DDP.items()}
     script = script.model_copy(update={name: value for name, value in of_ddp.items() if value is not None})

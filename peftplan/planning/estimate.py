@@ -111,6 +111,8 @@ def estimate(
                 job, document = _with_formula(job, document)
             if document is not None and options.get("eval_batch_size") is None:
                 job, document = _with_evaluation(job, document, counted=engine == "analytic")
+            if document is not None:
+                document = _with_dropout(job, document)
             if of_file:
                 job = job._replace(warnings=(*of_file, *job.warnings))
             check_rank_allocator(job)
@@ -181,6 +183,30 @@ def _with_evaluation(job: Job, document: ConfigDocument, *, counted: bool) -> tu
     if counted and without_formula(job) is None:
         return job, with_evaluation(document)
     return prepared(job.request.changed(eval_batch_size=None)), without_options(document, "eval_batch_size")
+
+
+def _with_dropout(job: Job, document: ConfigDocument) -> ConfigDocument:
+    """The document where `disable_dropout` is supported if neither the model nor an adapter drops anything. Raises InputError for
+    arguments that are an object if something drops."""
+    from peftplan.job.configs.with_file import DISABLES_DROPOUT, with_dropout
+
+    if not any(key.endswith(DISABLES_DROPOUT) for key in document["unsupported"]):
+        return document
+    from peftplan.arch.modules import NO_DROPOUT
+    from peftplan.arch.readers import READERS
+
+    fields = {} if job.config is None else job.config.model_dump()
+    drops = job.config is None or any(value for name, value in fields.items() if name.endswith("dropout"))
+    of_model = job.architecture.dropout
+    if job.architecture.task_type == "CAUSAL_LM":
+        of_model = of_model._replace(classifier=0.0)  # of another head
+    if not drops and of_model == NO_DROPOUT and job.architecture.model_type in READERS:
+        return with_dropout(document)
+    if job.request.training is not None:
+        from peftplan.job.ecosystem import check_dropout
+
+        check_dropout(document)
+    return document
 
 
 def _of_config(

@@ -494,3 +494,63 @@ def test_a_class_of_arguments_is_no_object() -> None:
     transformers = pytest.importorskip("transformers")
     with pytest.raises(peftplan.InputError, match=r"training_args: <class .* accepted: a transformers TrainingArguments"):
         peftplan.estimate(CONFIG, training_args=transformers.TrainingArguments)
+
+
+def arguments(package: str, name: str, **fields: Any) -> Any:
+    """An object of arguments of transformers or trl."""
+    return getattr(pytest.importorskip(package), name)(**COMMON, **fields)
+
+
+@pytest.mark.parametrize(("model", "patched"), [("gpt2", False), ("llama-3.2-1b", True)])
+def test_liger_beside_a_model_that_it_does_not_patch_replaces_nothing(model: str, patched: bool) -> None:
+    pytest.importorskip("transformers")
+    with_liger = peftplan.estimate(model, training_args=arguments("transformers", "TrainingArguments", use_liger_kernel=True))
+    without = peftplan.estimate(model, training_args=arguments("transformers", "TrainingArguments"))
+    assert (with_liger.peaks != without.peaks) is patched
+    assert (with_liger.assumptions["loss"] == "liger") is patched
+
+
+def test_dropout_need_not_be_disabled_where_nothing_drops() -> None:
+    kept, disabled = (arguments("trl", "DPOConfig", disable_dropout=disabled) for disabled in (False, True))
+    assert same(peftplan.estimate("llama-3.2-1b", training_args=kept), peftplan.estimate("llama-3.2-1b", training_args=disabled))
+    for model, options in (("llama-3.2-1b", {"lora_dropout": 0.1}), ("gpt2", {})):  # GPT-2 itself drops a tenth
+        with pytest.raises(peftplan.InputError, match=r"training_args\.disable_dropout: False"):
+            peftplan.estimate(model, training_args=kept, **options)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("optim", "adamww", "training_args.optim: 'adamww'"),
+        ("fsdp", "full_shrad", "training_args.fsdp: 'full_shrad'"),
+        ("fsdp_config", {"reshard": 1}, "training_args.fsdp_config: 'fsdp_reshard'"),
+    ],
+)
+def test_an_error_names_the_argument(field: str, value: object, message: str) -> None:
+    args = arguments("transformers", "TrainingArguments")
+    args.fsdp = field == "fsdp_config"
+    setattr(args, field, value)
+    with pytest.raises(peftplan.InputError) as caught:
+        peftplan.estimate(CONFIG, training_args=args, gpus=2)
+    assert str(caught.value).startswith(message)
+
+
+def test_an_option_that_the_user_sets_keeps_its_name() -> None:
+    with pytest.raises(peftplan.InputError, match=r"^optim: 'adamww'"):
+        peftplan.estimate(CONFIG, optim="adamww", training_args=arguments("transformers", "TrainingArguments"))
+
+
+@pytest.mark.parametrize("value", ["yes", "no"])
+def test_a_switch_of_arguments_is_no_text(value: str) -> None:
+    args = arguments("trl", "SFTConfig", packing=value)
+    with pytest.raises(peftplan.InputError, match=f"training_args.packing: '{value}' is not valid; accepted: True or False"):
+        peftplan.estimate(CONFIG, training_args=args)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "seq_len", "r", "gpus", "gradient_accumulation_steps"])
+def test_a_switch_is_no_number(name: str) -> None:
+    with pytest.raises(peftplan.InputError, match=f"^{name} must be a whole number"):
+        peftplan.estimate(CONFIG, **{name: True})
+    if name in ("batch_size", "seq_len", "r"):
+        with pytest.raises(peftplan.InputError, match=f"^{name} must be a whole number"):
+            peftplan.estimate(CONFIG).at(**{name: True})

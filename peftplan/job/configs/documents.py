@@ -87,6 +87,8 @@ class Document(NamedTuple):
     """Options of the command that runs a program which the program is not seen to read."""
     chosen: Mapping[str, object] = {}
     """Options of the user, which win over the file."""
+    model: Mapping[str, object] = {}
+    """The config of the model, where what is read is an object beside it."""
     written: Mapping[str, Written] = {}
     """Path, from the script's folder → a file that the script writes, or changes, before the command runs."""
 

@@ -178,7 +178,10 @@ class Effective:
         return None if dtype is None else checkpoint_dtype(self._model(), {"dtype": dtype})
 
     def _of_model(self, field: str) -> object:
-        """A field of the config of the model that the file names, or of which it names a copy; None where it is not built in."""
+        """A field of the config of the model that the file names, or of which it names a copy; None where it is not built in.
+        Arguments that are an object name none: that of the model beside them."""
+        if self.document.model:
+            return self.document.model.get(field)
         name = self._model()
         entry = catalogue.find(name) or catalogue.find(copied_model(name) or "")
         return None if entry is None else entry.facts()["config"].get(field)

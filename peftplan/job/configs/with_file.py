@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from peftplan.results.config_documents import ConfigDocument
 
 EVALUATED = "eval_batch_size"
+DISABLES_DROPOUT = "disable_dropout"
+"""An argument of trl's trainers that changes nothing where nothing drops."""
 OF_STORAGE = (
     "quant",
     "double_quant",
@@ -190,11 +192,20 @@ def without_kernels(document: ConfigDocument, why: str, effect: Effect, *, kept:
 
 def with_evaluation(document: ConfigDocument) -> ConfigDocument:
     """The `config` field of a result that counts the evaluation."""
+    return _counted(document, {key for key, row in document["unsupported"].items() if row["option"] == EVALUATED}, EVALUATED)
+
+
+def with_dropout(document: ConfigDocument) -> ConfigDocument:
+    """The `config` field of a result where nothing drops, whatever `disable_dropout` says."""
+    return _counted(document, {key for key in document["unsupported"] if key.rpartition(".")[2] == DISABLES_DROPOUT}, "")
+
+
+def _counted(document: ConfigDocument, keys: Container[str], option: str) -> ConfigDocument:
+    """The document with these keys supported, by an option."""
     rows = {key: Unsupported(**row) for key, row in document["unsupported"].items()}
-    counted = {key: row for key, row in rows.items() if row.option == EVALUATED}
-    rest = {key: row for key, row in rows.items() if key not in counted}
-    values = {key: row.value for key, row in counted.items() if row.value != "by default"}
-    read = {key: {"value": value, "option": EVALUATED, "why": ""} for key, value in values.items()}
+    rest = {key: row for key, row in rows.items() if key not in keys}
+    values = {key: row.value for key, row in rows.items() if key in keys and row.value != "by default"}
+    read = {key: {"value": value, "option": option, "why": ""} for key, value in values.items()}
     unsupported = {key: row._asdict() for key, row in rest.items()}
     changed = {"read": {**document["read"], **read}, "unsupported": unsupported, "bound": bound(rest)}
     return cast("ConfigDocument", {**document, **changed})

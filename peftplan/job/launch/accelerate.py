@@ -177,8 +177,10 @@ def of_words(value: object) -> Options:
             options.setdefault("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")
         elif word == "offload":
             options["offload_params"] = True
-        else:
+        elif word.lower() in STRATEGIES[:5]:
             options[WORD] = word
+        else:
+            raise UnknownNameError("fsdp", word, (*STRATEGIES[:5], "auto_wrap", "offload"))
     return options
 
 

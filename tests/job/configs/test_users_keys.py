@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import peftplan
 from peftplan.job.configs.read import read_config
 from tests.job.configs.test_users_files import SETTINGS, written
 
@@ -45,46 +44,3 @@ def test_a_token_that_the_vocabulary_lacks_adds_a_row(tmp_path: Path, model: str
     axolotl = f"base_model: {model}\n{AXOLOTL}"
     plan = read_config(written(tmp_path / "a.yaml", f'{axolotl}special_tokens:\n  pad_token: "{token}"\n'))
     assert set(plan.unsupported) == ({"special_tokens.pad_token"} if grows else set())
-
-
-GRPO = """model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct
-torch_dtype: bfloat16
-bf16: true
-num_generations: 4
-per_device_train_batch_size: 4
-max_prompt_length: 512
-max_completion_length: 512
-use_vllm: true
-"""
-
-
-@pytest.mark.parametrize(
-    ("device", "mode", "known"),
-    [("vllm_device: auto", "server", True), ("vllm_device: cuda:7", "server", True), ("vllm_device: cuda:0", "colocate", False)],
-)
-def test_vllm_on_a_card_of_its_own(tmp_path: Path, device: str, mode: str, *, known: bool) -> None:
-    """trl 0.15.2, trainer/grpo_trainer.py:374: `auto` is the card behind those that train. trl 1.16.0 calls this a server."""
-    plan = read_config(written(tmp_path / "a.yaml", f"{GRPO}{device}\n"))
-    assert plan.options.get("vllm_mode") == mode
-    assert ("vllm_device" not in plan.unsupported) is known
-    assert ("vllm_mode" in plan.assumed) is known
-
-
-@pytest.mark.parametrize(
-    ("model", "dtype", "known"),
-    [
-        ("allenai/OLMo-2-0425-1B", "", False),
-        ("allenai/OLMo-2-0425-1B", ", dtype='auto'", False),
-        ("allenai/OLMo-2-0425-1B", ", dtype='bfloat16'", True),
-        ("openai-community/gpt2", "", True),
-    ],
-)
-def test_weights_of_a_dtype_that_is_not_known_have_no_peak(tmp_path: Path, model: str, dtype: str, *, known: bool) -> None:
-    """transformers 5 loads them as the checkpoint stores them: in fp32 they take twice the bytes of 16 bits."""
-    text = (
-        "from transformers import AutoModelForCausalLM, Trainer, TrainingArguments\nargs = TrainingArguments('out', bf16=True)\n"
-    )
-    text += f"Trainer(model=AutoModelForCausalLM.from_pretrained('{model}'{dtype}), args=args).train()\n"
-    plan = read_config(written(tmp_path / "a.py", text))
-    assert (not plan.unsupported) is known
-    assert peftplan.estimate(config=plan, dtype="fp32").bound is None
