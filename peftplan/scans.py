@@ -4,7 +4,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-MOST_LEFT = 2**18
+MOST_LEFT = 2**20
 """Objects that work may leave until they are scanned. Python starts a full scan by the number of those that survived its own
 scans, among which they are not: a process that planned 500 jobs had 4.2 million objects, half of them garbage."""
 _num_left = 0

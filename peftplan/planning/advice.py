@@ -215,7 +215,9 @@ def _largest(job: Job, trials: Trials, before: Sizes, change: Change, *, within:
     sizes = micro_batches(job)[1:]
     while sizes:
         middle = len(sizes) // 2
-        larger = tried(trials, before, sizes[middle], change.price)
+        alone = tried(trials, before, {"batch_size": sizes[middle]["batch_size"]}, change.price)
+        too_large = alone is not None and alone.left(before) > within  # even without gradients that wait for others
+        larger = None if too_large else tried(trials, before, sizes[middle], change.price)
         if larger is not None and larger.left(before) <= within:
             change, sizes = larger, sizes[middle + 1 :]
         else:

@@ -179,3 +179,19 @@ def test_losses_are_tried_where_tokens_need_enough(tokens: int, tried: bool, mon
     job = peftplan.estimate("qwen3-0.6b", method="full", strategy="zero3", gpu="2xrtx-2060", optim="adamw_torch", seq_len=tokens)
     assert peftplan.advice(job)
     assert any("loss" in each for each in options) is tried
+
+
+def test_micro_batches_whose_rows_alone_do_not_fit_are_not_tried_with_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 rows take 53 GiB without accumulation, and the cards have 40: no step of two micro batches is run for that."""
+    tries: list[dict[str, object]] = []
+
+    def noted(trials: Trials, before: Sizes, of_try: dict[str, object], price: int) -> Change | None:
+        tries.append(dict(of_try))
+        return attempts.tried(trials, before, of_try, price)
+
+    monkeypatch.setattr(searching, "tried", noted)
+    job = {"method": "lora", "strategy": "fsdp2", "batch_size": 32, "seq_len": 4096}
+    result = peftplan.estimate("llama-2-13b", gpu="8xa100-40gb", **job)
+    peftplan.advice(result)
+    assert {"batch_size": 16} in tries
+    assert {"batch_size": 16, "gradient_accumulation_steps": 2} not in tries
