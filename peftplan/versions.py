@@ -136,6 +136,7 @@ FUSED_4BIT = Change("bitsandbytes", (0, 50), "`MatMul4Bit.forward` calls `gemm_4
 LATENT_CACHED = Change(
     "transformers", (5, 15), "`DeepseekV3Attention` caches latent keys and values, and expands four dimensions"
 )
+MESH_OF_ALL_RANKS = Change("transformers", (5, 18), "`initialize_distributed_mesh` refuses a mesh that leaves ranks out")
 ROTARY_WITHOUT_PRODUCT = Change("transformers", (5, 19), "`LlamaRotaryEmbedding.forward` makes no product with `position_ids`")
 KV_GROUPED = Change("transformers", (4, 48), "`flash_attention_forward` gets grouped keys; before, `repeat_kv` ran before it")
 SDPA_GROUPED = Change("transformers", (4, 54), "`sdpa_attention_forward` gets grouped keys; before, `repeat_kv` ran in it")

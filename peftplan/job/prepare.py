@@ -220,7 +220,7 @@ def prepared(request: Request) -> Job:
             setup = asked_checkpoints(setup, distributed, request.script)
         adapts = kind is None or kind.peft_type is not None
         distributed = as_trainers_run(distributed, setup, request.script, adapts=adapts, architecture=architecture)
-        check_distributed(distributed, setup, architecture, quant, model_config)
+        check_distributed(distributed, setup, architecture, quant, model_config, request.script)
         if distributed.sp_size not in (None, 1):
             from peftplan.job.ulysses import check_ulysses
 

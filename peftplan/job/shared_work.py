@@ -16,7 +16,7 @@ from peftplan.job.setup import Setup
 from peftplan.job.shared_bases import FLOATS, check_flat_dtypes
 from peftplan.job.trainers import OLDER, TRAINERS
 from peftplan.storage import QuantConfig
-from peftplan.versions import FSDP2_TAIL_APART, PINNED_ACCELERATE, named
+from peftplan.versions import FSDP2_TAIL_APART, MESH_OF_ALL_RANKS, PINNED_ACCELERATE, named
 
 ONE_TABLE = ("t5", "mt5", "bart")
 """Model types whose encoder and decoder have each a module around one table of tokens."""
@@ -32,6 +32,7 @@ def check_distributed(
     architecture: Architecture,
     quant: QuantConfig | None,
     model_config: Mapping[str, object],
+    script: Script,
 ) -> None:
     """Raise RefusedError or InputError for what torch, accelerate, transformers or bitsandbytes refuse under a strategy."""
     strategy = distributed.strategy
@@ -84,6 +85,8 @@ def check_distributed(
         _check_shared_rows(distributed.cp_size or 1, setup, architecture)
     if strategy == "fsdp2" and distributed.ep_size not in (None, 1):
         _check_experts(distributed, setup, architecture)
+    if strategy == "fsdp2" and 1 < distributed.divided < distributed.world_size and setup.by.traced_on_ranks:
+        _check_divided(distributed, script)
     for_experts = distributed.tp_size is None and distributed.ep_size not in (None, 1)
     try:
         _check_heads(1 if for_experts else distributed.divided, architecture, model_config)
@@ -196,6 +199,18 @@ def _check_tensor_parallel(setup: Setup, architecture: Architecture) -> None:
             f"optim: {setup.optim} steps over lists of tensors, and a loop that passes it all parameters fails in tensor "
             "parallel: mixed torch.Tensor and DTensor (the norms stay whole); accepted: one that steps tensor by tensor, such as "
             "adafactor, or trainer transformers, which makes a group for each"
+        )
+
+
+def _check_divided(distributed: Distributed, script: Script) -> None:
+    """Raise RefusedError for matrices that a part of the ranks shares beside accelerate's FSDP2."""
+    if not MESH_OF_ALL_RANKS.after(script.transformers):
+        size = distributed.divided
+        raise RefusedError(
+            f"tp_size: {named('transformers')} refuses {size} beside accelerate's FSDP2: RuntimeError: The parallel mesh "
+            f"requires {size} processes, but world_size is {distributed.world_size} (distributed/utils.py:315); accepted: 1, "
+            f"trainer automodel, or strategy tp over {size} GPUs; transformers shards over the others by its own "
+            "DistributedConfig, without fsdp: `peftplan rehearse` counts such a program"
         )
 
 

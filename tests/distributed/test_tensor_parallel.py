@@ -9,10 +9,12 @@ import pytest
 
 import peftplan
 from peftplan.distributed.tensor_parallel import ATTENTION_ALONE, PLANS, UNPLANNED
-from peftplan.errors import PeftplanError
+from peftplan.errors import PeftplanError, RefusedError
 from tools.rank_grid import LLAMA, cut
 
 REPLICATED = "replicated_with_grad_allreduce"
+BEFORE_MESHES = peftplan.Script(transformers="5.17.0")
+"""A release whose `from_pretrained` does not compare its mesh with the world."""
 
 
 def _stated(model_type: str) -> dict[str, str]:
@@ -177,7 +179,9 @@ def test_more_ranks_hold_less() -> None:
 def test_beside_fsdp2_norms_alone_are_on_more_ranks() -> None:
     """65 norms of 4,096 in fp32: a fourth on each rank, not an eighth."""
     apart, divided = (
-        peftplan.estimate("llama-3.1-8b", method="full", gpus=8, strategy="fsdp2", tp_size=size).static.bytes(("weights",))
+        peftplan.estimate(
+            "llama-3.1-8b", method="full", gpus=8, strategy="fsdp2", tp_size=size, script=BEFORE_MESHES
+        ).static.bytes(("weights",))
         for size in (1, 2)
     )
     assert divided - apart == 65 * 4096 * 4 // 8
@@ -187,12 +191,23 @@ def test_beside_fsdp2_norms_alone_are_on_more_ranks() -> None:
 def test_a_model_without_a_plan_here_is_bounded_by_a_part_of_everything(options: dict[str, Any]) -> None:
     """30.5 billion parameters: a fourth in bf16, or an eighth in fp32. By a trace of 4 ranks each loads 15,285,276,672 bytes by
     transformers' plan and peaks at 57.6 GiB, so that the card runs what would not fit if each held everything."""
-    result = peftplan.estimate("qwen3-30b-a3b", method="full", gpu="h100-80gb", **options)
+    result = peftplan.estimate("qwen3-30b-a3b", method="full", gpu="h100-80gb", script=BEFORE_MESHES, **options)
     weights = result.static.bytes(("weights",))
     assert result.peaks is None
     assert weights == pytest.approx(30_532_122_624 * 4 / 8, rel=1e-4)
     assert weights <= 15_285_276_672
     assert [card.verdict for card in result.gpus] == ["unknown"]
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+def test_transformers_refuses_meshes_without_all_ranks(trainer: str) -> None:
+    """Rehearsed over 8 GPUs: `from_pretrained` with `DistributedConfig(tp_size=2)` raises this, and Trainer does beside
+    `DistributedConfig(tp_size=2, fsdp_size=4)` and `fsdp`, in `Accelerator.prepare`."""
+    job: dict[str, Any] = {"method": "full", "gpus": 8, "strategy": "fsdp2", "trainer": trainer}
+    with pytest.raises(RefusedError, match="The parallel mesh requires 2 processes, but world_size is 8"):
+        peftplan.estimate("llama-3.1-8b", **job, tp_size=2)
+    for fields in ({"tp_size": 8}, {"tp_size": 2, "script": BEFORE_MESHES}):
+        assert peftplan.estimate("llama-3.1-8b", **job | fields).peaks is None
 
 
 @pytest.mark.parametrize("trainer", ["automodel", "automodel-hf"])
