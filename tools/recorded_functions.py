@@ -49,8 +49,7 @@ class Recorded(NamedTuple):
     sizes: Mapping[str, int]
     config: Callable[[Mapping[str, int]], dict[str, Any]]
     release: str = ""
-    """The transformers of which it was recorded, of one row in bf16, with weights at rest in fp32, but for a norm and the buffer;
-    empty: the one of all records."""
+    """The transformers of which it was recorded, of `NARROW` alone; empty: the one of all records."""
 
 
 def _mamba2(groups: int, chunks: int = 5) -> dict[str, int]:
@@ -140,8 +139,8 @@ DTYPES_OF_RUNS = (
 VARIANTS = [Variant(*dtypes, trains, rows) for dtypes, trains, rows in product(DTYPES_OF_RUNS, (False, True), ROWS)]
 VARIANTS = [v for v in VARIANTS if not (v.trains and v.projected == v.dtype != v.autocast != "none")]
 """Only a quantized layer, beside which no mixer trains, gives its input's dtype under autocast."""
-EARLIER = Variant("bf16", "bf16", "fp32", "bf16", trains=False, rows="one")
-"""The variant that is recorded of an earlier release."""
+NARROW = Variant("bf16", "bf16", "fp32", "bf16", trains=False, rows="one")
+"""Falcon-H1 as axolotl casts its prepared base: weights at rest in fp32, but for a norm and the buffer."""
 
 
 class _Entered(torch.autograd.Function):
@@ -218,7 +217,7 @@ def record(of: Recorded, variant: Variant) -> dict[str, Any]:
         return x
 
     if of.module == "falcon_h1":
-        narrow = DTYPES[variant.dtype if of.release else variant.weights]
+        narrow = DTYPES[variant.dtype if variant == NARROW else variant.weights]
         mixer.register_buffer("mup_vector", torch.empty((1, 1, z), dtype=narrow, device="meta"))
         if mixer.mamba_rms_norm:
             mixer.norm.to(narrow)
@@ -298,7 +297,8 @@ def main() -> None:
         of = FUNCTIONS[name]
         if not transformers.__version__.startswith(of.release):
             raise SystemExit(f"{name} is recorded of transformers {of.release}")
-        variants = {str(variant): text_of(of, variant) for variant in ([EARLIER] if of.release else VARIANTS)}
+        kinds = [*([] if of.release else VARIANTS), *([NARROW] if of.module == "falcon_h1" else [])]
+        variants = {str(variant): text_of(of, variant) for variant in kinds}
         (FOLDER / f"{name}.json").write_text(json.dumps(variants, indent=0) + "\n", encoding="utf-8")
 
 

@@ -53,7 +53,10 @@ WITH_FLASH = (
     "hub = 'axolotl.monkeypatch.attention.fa2_hub_kernel'  # until 0.20\n"
     "if importlib.util.find_spec(hub): importlib.import_module(hub).is_fa2_hub_kernel_available = lambda: True\n"
     "import transformers.modeling_utils as modeling_utils\n"
-    "for module in utils, modeling_utils: module.is_flash_attn_2_available = lambda *_, **__: True\n"
+    "import transformers.modeling_flash_attention_utils as flash\n"
+    "for module in utils, modeling_utils, flash: module.is_flash_attn_2_available = lambda *_, **__: True\n"
+    "table = getattr(flash, 'FLASH_ATTENTION_COMPATIBILITY_MATRIX', {2: {}})  # which has that function of its own\n"
+    "table[2]['general_availability_check'] = lambda: True\n"
     "from transformers import PreTrainedModel; PreTrainedModel._flash_attn_can_dispatch = lambda *_, **__: True\n"
     "from tools.programs.ms_swift import flash_attention; flash_attention()\n"
 )

@@ -99,13 +99,13 @@ def _check_recorded(job: Job) -> None:
 
 
 def _scans_as_rehearsed(job: Job) -> bool:
-    """Whether the scan of an earlier transformers was rehearsed with such a job: QLoRA of Falcon-H1 by axolotl, of one row on one
-    GPU (tests/rehearse/axolotl_scan.jsonl)."""
+    """Whether the scan was rehearsed with such a job: QLoRA of Falcon-H1 by axolotl, of one row on one GPU
+    (tests/rehearse/axolotl_scan.jsonl)."""
     setup = job.setup
     alone = job.distributed is None and setup.batch_size == 1 and job.architecture.model_type == "falcon_h1"
     of_adapter = job.method_name == "qlora" and job.quant is not None and job.quant.name == "nf4" and bool(setup.kbit_prepare)
     plain = setup.dtype == setup.autocast == "bf16" and setup.loss == "full"
-    return bool(setup.by.transformers) and alone and of_adapter and plain and bool(setup.gradient_checkpointing)
+    return setup.by.own_fsdp2 and alone and of_adapter and plain and bool(setup.gradient_checkpointing)
 
 
 def _scans_under_zero2(job: Job) -> bool:

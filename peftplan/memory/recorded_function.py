@@ -127,7 +127,7 @@ def mixer(c: Call, name: str, x: Tensor, *, dtype: str) -> Tensor:
     parameters = dict(_parameters(c, name))
     trained = [(part, p) for part, p in parameters.items() if p.trainable]
     release = f"-{c.model.running.scan}" if c.model.running.scan else ""
-    dtypes = {p.dtype for part, p in parameters.items() if not (release and part == "norm.weight")}  # which axolotl casts back
+    dtypes = {p.dtype for part, p in parameters.items() if not (part == "norm.weight" and p.dtype == dtype == "bf16")}
     normed = c.model.arch.model_type == "falcon_h1" and "norm.weight" in parameters  # that of others always is
     chunks = "-one-chunk" if c.model.length(c.model.seq) == space.chunk_size else ""
     record = f"{c.model.arch.model_type}{'-1' if space.groups == 1 else ''}{'-normed' if normed else ''}{chunks}{release}"

@@ -16,7 +16,7 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 from tests.job.configs.published import plan as published
 from tests.job.configs.published import records
-from tools.rehearsed_axolotl import options, plan
+from tools.rehearsed_axolotl import FIRST, options, plan
 from tools.rehearsed_jobs import read
 
 ROWS = read(Path(__file__).with_name("axolotl.jsonl"))
@@ -573,21 +573,26 @@ def test_masked_tokens_of_other_jobs_have_no_peak(other: dict[str, Any]) -> None
     assert peftplan.estimate(**options(row) | other).peaks is None
 
 
-@pytest.mark.parametrize("row", read(Path(__file__).with_name("axolotl_scan.jsonl")), ids=lambda row: row["values"]["base_model"])
-def test_falcon_h1_scans_as_an_earlier_transformers(row: dict[str, Any]) -> None:
-    """axolotl pins a transformers whose scan multiplies by broadcasting: for each pair of a chunk's tokens it holds as many
+SCANS = read(Path(__file__).with_name("axolotl_scan.jsonl"))
+
+
+@pytest.mark.parametrize("row", SCANS, ids=lambda row: f"{row['values']['base_model']}-{row.get('axolotl', FIRST)}")
+def test_falcon_h1_scans_as_its_transformers(row: dict[str, Any]) -> None:
+    """axolotl 0.19 pins a transformers whose scan multiplies by broadcasting: for each pair of a chunk's tokens it holds as many
     numbers as a state has. bitsandbytes holds the packed head twice while the tables are cast, which `load` leaves out."""
     assert plan(row).unsupported == {}
-    job = options(row)
+    job, by_broadcasting = options(row), "axolotl" not in row
     peaks = peftplan.estimate(**job).peaks
     assert peaks is not None
-    near = {"load": 0.07}
-    assert peaks.by_phase == {phase: pytest.approx(n, rel=near.get(phase, 3e-3)) for phase, n in row["by_phase"].items()}
-    assert peaks.allocated == pytest.approx(row["allocated"], rel=2e-3)
-    assert peaks.reserved == pytest.approx(row["reserved"], rel=2.2e-3)
+    near, of_load = (3e-3, 0.07) if by_broadcasting else (4e-4, 2e-3)
+    assert peaks.by_phase == {
+        phase: pytest.approx(n, rel=of_load if phase == "load" else near) for phase, n in row["by_phase"].items()
+    }
+    assert peaks.allocated == pytest.approx(row["allocated"], rel=2e-3 if by_broadcasting else 1e-4)
+    assert peaks.reserved == pytest.approx(row["reserved"], rel=2.2e-3 if by_broadcasting else 7e-3)
     size = job["model"]
     of_pairs = 2048 * size["mamba_chunk_size"] * size["mamba_n_heads"] * size["mamba_d_state"] * 4
-    assert 2 * of_pairs < peaks.by_phase["backward"] < 3 * of_pairs
+    assert (2 * of_pairs < peaks.by_phase["backward"]) is by_broadcasting
     for other in ({"batch_size": 2}, {"kbit_prepare": False}, {"gpus": 2}):
         assert peftplan.estimate(**job | other).peaks is None
 
