@@ -236,7 +236,23 @@ def test_settings_that_change_what_a_step_keeps(base: dict[str, object], values:
 def test_what_axolotl_raises_for(values: dict[str, object], key: str, raised: str) -> None:
     """Each was run with axolotl 0.19.0, torchao 0.17.0 and peft 0.20.0, on the emulated card or as its config is validated."""
     plan = read_values({**AXOLOTL, **values}, file="a.yml", tool="axolotl", tool_version="0.19.0")
-    assert f"axolotl 0.19.0 raises {raised}" in {**plan.unsupported, **plan.refused}[key].why
+    assert f" raises {raised}" in {**plan.unsupported, **plan.refused}[key].why
+
+
+def test_axolotl_0_21_fake_quantizes_nvfp4_beside_activations() -> None:
+    """Run with torchao 0.18.0, which it pins: `prepare_model_for_qat` raises for weights alone. What it holds was not compared."""
+    qat = {"weight_dtype": "nvfp4", "activation_dtype": "nvfp4", "group_size": 16}
+    both, alone = (
+        read_values({**AXOLOTL, "qat": of}, file="a.yml", tool="axolotl") for of in (qat, qat | {"activation_dtype": None})
+    )
+    assert (both.refused, both.unsupported["qat.weight_dtype"].effect) == ({}, "raises")
+    assert "axolotl 0.21.0 raises ValueError" in alone.unsupported["qat.weight_dtype"].why
+
+
+def test_coreweave_sends_weights_as_it_trains() -> None:
+    """It was read as a logger's settings."""
+    plan = read_values({**AXOLOTL, "coreweave": {"bucket": "b", "rollouts": True}}, file="a.yml", tool="axolotl")
+    assert {plan.unsupported[key].effect for key in ("coreweave.bucket", "coreweave.rollouts")} == {"unknown"}
 
 
 def test_axolotl_trains_for_mxfp4_where_torchao_has_no_nvfp4() -> None:
@@ -244,10 +260,10 @@ def test_axolotl_trains_for_mxfp4_where_torchao_has_no_nvfp4() -> None:
     of_liger = {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_fused_linear_cross_entropy": True}
     values: dict[str, object] = {key: AXOLOTL[key] for key in AXOLOTL if key not in ("adapter", "load_in_4bit")} | of_liger
     qat = {"activation_dtype": "nvfp4", "weight_dtype": "nvfp4", "group_size": 16}
-    plan = read_values(values | {"qat": qat}, file="a.yml", tool="axolotl")
+    plan = read_values(values | {"qat": qat}, file="a.yml", tool="axolotl", tool_version="0.19.0")
     changed = {"activation_dtype": "mxfp4", "weight_dtype": "mxfp4", "group_size": 32}
     assert plan.refused["qat.weight_dtype"].instead == {f"qat.{key}": value for key, value in changed.items()}
-    in_mx = read_values(values | {"qat": changed}, file="a.yml", tool="axolotl")
+    in_mx = read_values(values | {"qat": changed}, file="a.yml", tool="axolotl", tool_version="0.19.0")
     assert (in_mx.unsupported, in_mx.refused, in_mx.options) == ({}, {}, plan.options)
     assert plan.options["kernels"] == ("torchao-mxfp4",)
     for other in ({"weight_dtype": "nvfp4"}, {**qat, "activation_dtype": "int8"}):  # another experiment
