@@ -85,8 +85,8 @@ LLAMA_FACTORY_FULL = {"stage": "sft", "finetuning_type": "full", "model_name_or_
 )
 def test_what_the_tool_raises_for_is_said_with_its_line(values: dict[str, Any], key: str, raised: str) -> None:
     """ReLoRA was rehearsed: the first step ends, and the second one raises. So was LoRA under ZeRO-3, where the first attention
-    raises. KTransformers' examples were parsed by llamafactory 0.9.5. For LoRA kernels the code of attention was searched as axolotl
-    0.21.0 does, with transformers 5.20.1 (`patch_self_attn_lora`)."""
+    raises. KTransformers' examples were parsed by llamafactory 0.9.5. For LoRA kernels the attention of transformers 5.20.1 was
+    searched as axolotl 0.21.0 does (`patch_self_attn_lora`)."""
     plan = read(values)
     assert re.search(rf" raises {raised}: .* \([\w/]+\.py:\d+\)$", {**plan.unsupported, **plan.refused}[key].why)
     assert key in plan.refused or plan.unsupported[key].effect == "unknown"

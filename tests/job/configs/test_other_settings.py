@@ -240,7 +240,7 @@ def test_what_axolotl_raises_for(values: dict[str, object], key: str, raised: st
 
 
 def test_axolotl_0_21_fake_quantizes_nvfp4_beside_activations() -> None:
-    """Run with torchao 0.18.0, which it pins: `prepare_model_for_qat` raises for weights alone. What it holds was not compared."""
+    """Run with torchao 0.18.0, which it pins: `prepare_model_for_qat` raises for weights alone. A step was not run."""
     qat = {"weight_dtype": "nvfp4", "activation_dtype": "nvfp4", "group_size": 16}
     both, alone = (
         read_values({**AXOLOTL, "qat": of}, file="a.yml", tool="axolotl") for of in (qat, qat | {"activation_dtype": None})
