@@ -138,6 +138,14 @@ def hide_nothing() -> None:
     exec(source.replace("not bool(key_mask.all().item())", "False"), utils.__dict__)
 
 
+def number_one_document() -> None:
+    """Let transformers make no mask of places that follow each other, as it does where a card holds them: the emulated card's
+    places do not (masking_utils.py, `find_packed_sequence_indices`)."""
+    from transformers import masking_utils
+
+    masking_utils.find_packed_sequence_indices = lambda _positions: None
+
+
 def register_unused(package: str) -> None:
     """A package that the recipe imports, and whose functions the rehearsed model does not call."""
     for name in (package, f"{package}.api"):

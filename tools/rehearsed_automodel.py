@@ -287,6 +287,8 @@ def recipe() -> None:
     if backend.get("attn") == "magi":
         unsaid.register_unused("magi_attention")
     unsaid.hide_nothing()
+    if settings["dataset"].get("_target_") == MOCK:
+        unsaid.number_one_document()
     from nemo_automodel.components.distributed import tp_replicas
     from nemo_automodel.components.moe import experts
 

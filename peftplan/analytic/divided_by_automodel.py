@@ -23,6 +23,8 @@ DIVIDED_BY_AUTOMODEL = (
 """Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2."""
 OVER_ALL_RANKS = ("seed_oss", "ministral3")
 """Those of them whose matrices all ranks shared."""
+MODULES_OF_TRANSFORMERS = (("llama", "lora"),)
+"""Model type and method where all ranks shared matrices of transformers' modules, for whose names the tool has a plan."""
 ADAPTED_HEADS = ("ministral3",)
 """Those of them whose divided head had an adapter too."""
 TIED_HEADS = ("gemma4",)
@@ -34,10 +36,13 @@ def knows_division(job: Job, distributed: Distributed) -> bool:
     for which it has a plan of its own."""
     architecture, config = job.architecture, job.config
     head = () if architecture.model_type in ADAPTED_HEADS else (architecture.output_embedding,)
+    kind, beside_others = (architecture.model_type, job.method_name), distributed.world_size > ranks_of(distributed)
+    if builds(job) or (job.setup.by.layout is AUTOMODEL and architecture.model_type in BY_AUTOMODEL):
+        rehearsed = kind in DIVIDED_BY_AUTOMODEL and (beside_others or architecture.model_type in OVER_ALL_RANKS)
+    else:
+        rehearsed = job.setup.by.layout is AUTOMODEL and kind in MODULES_OF_TRANSFORMERS and not beside_others
     return (
-        (builds(job) or (job.setup.by.layout is AUTOMODEL and architecture.model_type in BY_AUTOMODEL))
-        and (architecture.model_type, job.method_name) in DIVIDED_BY_AUTOMODEL
-        and (distributed.world_size > ranks_of(distributed) or architecture.model_type in OVER_ALL_RANKS)
+        rehearsed
         and (not architecture.ties or architecture.model_type in TIED_HEADS)
         and not (architecture.vocab_size or 0) % ranks_of(distributed)
         and not getattr(config, "lora_dropout", 0)

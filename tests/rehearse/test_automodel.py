@@ -38,6 +38,8 @@ SHARED_SEGMENTS = {"t5-large": 0.16}
 """Per cent of reserved bytes: 8 and 12 MiB. Shards of 512 KiB share segments of 2 MiB with those of norms, by which Adam's
 temporaries, one parameter after the other, leave gaps; here those of each family lie side by side."""
 LOOSE = {
+    ("llama-3.3-70b", 2, 1): 0.056,
+    ("qwen2.5-7b", 3, 2): 0.014,
     ("qwen2.5-1.5b", 9, 2): 0.3,
     ("ministral-3-3b-instruct-2512", 2, 1): 0.25,
     ("qwen2.5-vl-3b-instruct", 3, 1): 1.2,

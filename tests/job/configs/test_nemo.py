@@ -483,17 +483,37 @@ def test_backends_of_experts_change_nothing_in_dense_models_of_nemo() -> None:
 
 
 def test_what_of_nemo_changes_memory_without_a_formula() -> None:
-    """What its LoRA keeps without its autograd function; a data set whose rows have position ids (rehearsed: a mask of them)."""
+    """What its LoRA keeps without its autograd function; stages of a data set that makes batches of one row."""
     peft = {**NEMO_LORA, "dim": 8, "target_modules": "*_proj"}
     of = [of_nemo({"strategy": "fsdp2"}, peft=peft | {"use_memory_efficient_lora": value}).unsupported for value in (True, False)]
     assert [[row.effect for row in unsupported.values()] for unsupported in of] == [[], ["raises"]]
     mock = {"_target_": "nemo_automodel.components.datasets.llm.mock_iterable_dataset.MockIterableDataset", "seq_len": 64}
     loader = {"_target_": "torch.utils.data.DataLoader", "batch_size": None}
-    for stages, raises in ((1, False), (4, True)):  # rehearsed: the schedule splits one row for 8 micro batches
-        sharded = {"strategy": "fsdp2", "pp_size": stages}
-        unsupported = of_nemo(sharded, dataset=mock, dataloader=loader).unsupported
-        assert unsupported.keys() == {"dataset._target_"}
-        assert ("torch raises ValueError" in unsupported["dataset._target_"].why) is raises
+    sharded = {"strategy": "fsdp2", "pp_size": 4}  # rehearsed: the schedule splits one row for 8 micro batches
+    unsupported = of_nemo(sharded, dataset=mock, dataloader=loader).unsupported
+    assert unsupported.keys() == {"dataset._target_"}
+    assert "torch raises ValueError" in unsupported["dataset._target_"].why
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rows", "expected"),
+    [
+        ("TrainFinetuneRecipeForNextTokenPrediction", None, 1),
+        ("TrainFinetuneRecipeForNextTokenPrediction", 2, 2),
+        ("BenchmarkingRecipeForNextTokenPrediction", None, 4),
+        ("BenchmarkingRecipeForNextTokenPrediction", 2, 4),
+    ],
+)
+def test_a_data_set_makes_its_own_batches(recipe: str, rows: int | None, expected: int) -> None:
+    """In place of local_batch_size, which the benchmark writes into it (recipes/llm/benchmark.py:152). Places follow
+    each other, for which transformers makes no mask."""
+    mock = {"_target_": MOCK, "seq_len": 64} | ({} if rows is None else {"batch_size": rows})
+    scheduler = {"local_batch_size": 4, "global_batch_size": 64}
+    more = {"model": NEMO_MODEL | {"pretrained_model_name_or_path": "Qwen/Qwen2.5-7B"}, "dataset": mock, "dataloader": UNBATCHED}
+    plan = of_nemo({"strategy": "fsdp2"}, recipe=recipe, step_scheduler=scheduler, **more)
+    assert not plan.unsupported
+    assert (plan.options["batch_size"], plan.options["gradient_accumulation_steps"]) == (expected, 2)
+    assert "dataset._target_" in of_nemo({"strategy": "fsdp2", "cp_size": 2}, **more).unsupported
 
 
 @pytest.mark.parametrize(
