@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import peftplan
 from peftplan.job.configs.read import read_config
 from tests.job.configs.test_users_files import SETTINGS, written
 
@@ -44,3 +45,26 @@ def test_a_token_that_the_vocabulary_lacks_adds_a_row(tmp_path: Path, model: str
     axolotl = f"base_model: {model}\n{AXOLOTL}"
     plan = read_config(written(tmp_path / "a.yaml", f'{axolotl}special_tokens:\n  pad_token: "{token}"\n'))
     assert set(plan.unsupported) == ({"special_tokens.pad_token"} if grows else set())
+
+
+GRPO = """model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct
+torch_dtype: bfloat16
+bf16: true
+num_generations: 4
+per_device_train_batch_size: 4
+max_prompt_length: 512
+max_completion_length: 512
+use_vllm: true
+"""
+
+
+@pytest.mark.parametrize(
+    ("device", "mode", "known"),
+    [("vllm_device: auto", "server", True), ("vllm_device: cuda:7", "server", True), ("vllm_device: cuda:0", "colocate", False)],
+)
+def test_vllm_on_a_card_of_its_own(tmp_path: Path, device: str, mode: str, *, known: bool) -> None:
+    """trl 0.15.2, trainer/grpo_trainer.py:374: `auto` is the card behind those that train. trl 1.16.0 calls this a server."""
+    plan = read_config(written(tmp_path / "a.yaml", f"{GRPO}{device}\n"))
+    assert plan.options.get("vllm_mode") == mode
+    assert ("vllm_device" not in plan.unsupported) is known
+    assert ("vllm_mode" in plan.assumed) is known
