@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 from peftplan.arch import catalogue
+from peftplan.dtypes import AS_LOADED, OF_CHECKPOINT
 from peftplan.job.configs.documents import FileError
 from peftplan.job.configs.facts import Facts, facts
 from peftplan.job.configs.launch_files import OUTSIDE, in_tree
 from peftplan.job.configs.plan import Effect, Unsupported
 from peftplan.job.repositories import LAYERS_IN_16_BITS, PACKED, by_name, copied_model, stored
+from peftplan.job.sources import checkpoint_dtype, load_config
+from peftplan.versions import DTYPE_OF_CHECKPOINT
 from peftplan.versions import named as release
 
 QUANTIZED_OTHERWISE = (
@@ -77,3 +80,20 @@ def weights_of(text: str, options: Mapping[str, object]) -> tuple[dict[str, obje
     own = {name: value for name, value in options.items() if name not in ("quant", "double_quant", "quant_bits", "compute_dtype")}
     own |= {} if skips is None else {"quant_skip_modules": tuple(skips)}
     return {**own, **weights.options}, assumed, unsupported
+
+
+def unknown_dtype(model: str, options: Mapping[str, object], releases: Mapping[str, str]) -> Unsupported | None:
+    """What is not known of a built-in model that is loaded in its checkpoint's dtype.
+
+    Fully trained under fp16 autocast it is fp32: torch unscales no gradients in 16 bits.
+    """
+    dtype, method = options.get("dtype"), options.get("method")
+    by_checkpoint = dtype == OF_CHECKPOINT or (
+        dtype == AS_LOADED and not DTYPE_OF_CHECKPOINT.after(releases.get(DTYPE_OF_CHECKPOINT.package))
+    )
+    if not by_checkpoint or catalogue.find(model) is None or (method, options.get("autocast")) == ("full", "fp16"):
+        return None
+    if checkpoint_dtype(model, load_config(model)) is not None:
+        return None
+    why = "the model is loaded in its checkpoint's dtype, which is not known here: name it with --dtype"
+    return Unsupported("by default" if dtype == AS_LOADED else dtype, why, "unknown", "dtype")

@@ -11,7 +11,7 @@ from peftplan.distributed.names import ALWAYS, OPTIONS
 from peftplan.job.configs.documents import Document, Values, flat, number_in, place
 from peftplan.job.configs.facts import Facts
 from peftplan.job.configs.launching import Launched, launched, of_comments
-from peftplan.job.configs.models import named, weights_of
+from peftplan.job.configs.models import named, unknown_dtype, weights_of
 from peftplan.job.configs.plan import LAUNCHERS, ConfigPlan, Read, Refused, Unsupported
 from peftplan.job.configs.reading import Reading, read_all
 from peftplan.job.configs.with_file import fitting, of_trainer
@@ -181,6 +181,10 @@ def planned(reading: Reading) -> ConfigPlan:
         key = next((key for key, row in reading.read.items() if row.option == "model"), "model")
         plan = replace(plan, read={name: row for name, row in reading.read.items() if of_repository is None or name != key})
         unsupported = unsupported | ({} if of_repository is None else {key: of_repository})
+    if reading.kind == "training" and (of_dtype := unknown_dtype(model, options, plan.releases)) is not None:
+        key = next((key for key, row in reading.read.items() if row.option == "dtype"), "dtype")
+        plan = replace(plan, read={name: row for name, row in plan.read.items() if name != key})
+        unsupported = unsupported | {key: of_dtype}
     about = "; ".join(filter(None, (by_name, of_weights)))
     assumed = {**reading.assumed, "model": about} if about else reading.assumed
     return replace(plan, model=model, options=options, assumed=assumed, unsupported=unsupported)

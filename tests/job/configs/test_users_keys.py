@@ -68,3 +68,23 @@ def test_vllm_on_a_card_of_its_own(tmp_path: Path, device: str, mode: str, *, kn
     assert plan.options.get("vllm_mode") == mode
     assert ("vllm_device" not in plan.unsupported) is known
     assert ("vllm_mode" in plan.assumed) is known
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype", "known"),
+    [
+        ("allenai/OLMo-2-0425-1B", "", False),
+        ("allenai/OLMo-2-0425-1B", ", dtype='auto'", False),
+        ("allenai/OLMo-2-0425-1B", ", dtype='bfloat16'", True),
+        ("openai-community/gpt2", "", True),
+    ],
+)
+def test_weights_of_a_dtype_that_is_not_known_have_no_peak(tmp_path: Path, model: str, dtype: str, *, known: bool) -> None:
+    """transformers 5 loads them as the checkpoint stores them: in fp32 they take twice the bytes of 16 bits."""
+    text = (
+        "from transformers import AutoModelForCausalLM, Trainer, TrainingArguments\nargs = TrainingArguments('out', bf16=True)\n"
+    )
+    text += f"Trainer(model=AutoModelForCausalLM.from_pretrained('{model}'{dtype}), args=args).train()\n"
+    plan = read_config(written(tmp_path / "a.py", text))
+    assert (not plan.unsupported) is known
+    assert peftplan.estimate(config=plan, dtype="fp32").bound is None
