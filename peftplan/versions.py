@@ -53,6 +53,11 @@ def is_before(version: str, release: str) -> bool:
     return Change("", numbers, "").after(version)
 
 
+def is_read(version: str) -> bool:
+    """Whether a release of axolotl was read."""
+    return any(re.match(rf"{re.escape(release)}(\D|$)", version) for release in AXOLOTL_READ)
+
+
 def named(package: str) -> str:
     """The package and the release that its formulas were read in: `peft 0.21.2`."""
     return f"{package} {READ_IN[package]}"
@@ -98,6 +103,8 @@ AXOLOTL_KEEPS_TABLES = Change(
     "loaders/model.py:615 casts no table to fp32 that it would cast back; utils/config/__init__.py:481 makes checkpoints "
     "that are not reentrant; utils/schemas/validation.py:1442 refuses FSDP1; 0.19.0 was read before",
 )
+AXOLOTL_READ = ("0.19", "0.21")
+"""The releases of axolotl that were read and rehearsed."""
 FIRST_COMPARED = Change("transformers", (4, 28), "the oldest release with which a published run was compared (`data/runs`)")
 MIXTURE_ADDED = {
     "mixtral": Change("transformers", (4, 36), "models/mixtral"),

@@ -6,7 +6,7 @@ from peftplan.job.kernels import OF_AXOLOTL, OF_TORCHTUNE
 from peftplan.job.setup import OF_PREFERENCES, Setup
 from peftplan.job.trainers import OLDER, TRAINERS
 from peftplan.optim import OF_AUTOMODEL, OPTIMIZERS, parse_optim
-from peftplan.versions import named
+from peftplan.versions import AXOLOTL_READ, is_read, named
 
 OWNERS = {
     "torchtune-linear": ("torchtune",),
@@ -181,6 +181,8 @@ def _check_trainer(setup: Setup) -> None:
     if setup.tool_version is not None and by.name not in OLDER:
         having = ", ".join(OLDER)
         raise RefusedError(f"tool_version: one release of {by.called} is counted; accepted: with trainer {having}")
+    if setup.tool_version is not None and not is_read(setup.tool_version):
+        raise InputError("tool_version", setup.tool_version, f"accepted: {' or '.join(AXOLOTL_READ)}, which were read")
     if by.narrows and not (setup.autocast == "bf16" and setup.quant == "nf4" and setup.kbit_prepare):
         raise RefusedError("narrow_tables: accepted with quant nf4, kbit_prepare and autocast bf16, where trl casts tables")
     for name in sorted(OF_PREFERENCES - by.options):

@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 
 import peftplan
+from peftplan.errors import InputError
 from peftplan.job.trainer_words import TrainerName
 from peftplan.job.trainers import CHUNKED, DEFAULT, TRAINERS
 
@@ -66,3 +67,10 @@ def test_each_name_has_its_record() -> None:
 
 def test_the_chunked_loss_is_its_trainers_default() -> None:
     assert TRAINERS[CHUNKED["trainer"]].defaults.loss == CHUNKED["loss"]
+
+
+@pytest.mark.parametrize("version", ["99.0", "0.5", "0.20.0", "0.190"])
+def test_a_release_that_was_not_read_is_refused(version: str) -> None:
+    """Later ones counted as today's, and earlier ones as 0.19."""
+    with pytest.raises(InputError, match=r"accepted: 0\.19 or 0\.21, which were read"):
+        peftplan.estimate("smollm2-135m", method="lora", trainer="axolotl", tool_version=version)

@@ -494,7 +494,7 @@ ZERO_3 = {"deepspeed": {"zero_optimization": {"stage": 3}}}
     ("keys", "version", "reentrant"),
     [
         ({}, None, False),
-        ({}, "0.20", True),
+        ({}, "0.19", True),
         (ZERO_3, None, True),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, None, True),
         ({"gradient_checkpointing_kwargs": {"preserve_rng_state": True}}, None, False),
