@@ -104,12 +104,20 @@ def refused_product(job: Job) -> str | None:
 
 
 def _check_parameters(job: Job) -> None:
-    """Raise NoEngineError for LoRA over parameters by axolotl, whose peft makes their whole updates, and holds them beside
-    their sums (tuners/lora/layer.py, `_LoraParameterProxy`); later ones make each sum of its factors."""
+    """Raise NoEngineError for LoRA over parameters by axolotl where it was not rehearsed with the newest peft.
+
+    The one that 0.19 pins makes their whole updates, and holds them beside their sums (tuners/lora/layer.py,
+    `_LoraParameterProxy`); later ones make each sum of its factors (tests/rehearse/axolotl_routers.jsonl).
+    """
     from peftplan.analytic.rehearsed import adapts_parameters
 
-    if adapts_parameters(job):
-        raise NoEngineError("LoRA on parameters with the peft that axolotl pins (no formula yet)")
+    if not adapts_parameters(job):
+        return
+    if job.setup.by.transformers:
+        raise NoEngineError("LoRA on parameters with the peft that axolotl 0.19 pins (no formula yet)")
+    if job.quant is not None or job.distributed is not None:
+        where = "a quantized base" if job.distributed is None else job.distributed.called
+        raise NoEngineError(f"LoRA on parameters by axolotl, with {where} (no formula yet)")
 
 
 def _check_stacks(job: Job) -> None:

@@ -46,8 +46,9 @@ if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
 
 
-WIDE_ENDS = ("norm", r"\.gate\.", *TABLES)
-"""What of a model axolotl casts to fp32, by parts of names (axolotl 0.19.0, loaders/model.py:1168, loaders/utils.py:316)."""
+ROUTER = r"\.gate\."
+WIDE_ENDS = ("norm", ROUTER, *TABLES)
+"""What of a model axolotl casts to fp32, by parts of names (axolotl 0.21.0, loaders/model.py:1462, loaders/utils.py:316)."""
 HEAD = "lm_head"
 
 
@@ -187,10 +188,12 @@ def prepared(request: Request) -> Job:
     )
     if quant is not None and quant.name == "awq" and setup.dtype == "bf16":
         setup = setup.model_copy(update={"dtype": "fp16"})  # transformers, quantizers/quantizer_awq.py, `update_dtype`
-    if kind is not None and kind.name == "full" and setup.keeps_ends_wide and distributed is None:
-        tied = (owner for alias, owner in architecture.ties if any(part in alias for part in TABLES))
-        wide = (*architecture.keep_in_fp32_strict, *wide_ends(architecture.model_type, setup.by.other_heads), *tied)
-        architecture = replace(architecture, keep_in_fp32_strict=wide)
+    if setup.by.wide_ends and quant is None and distributed is None:
+        wide: tuple[str, ...] = (ROUTER,)  # which no cast to 16 bits follows
+        if kind is not None and kind.name == "full" and setup.keeps_ends_wide:
+            tied = (owner for alias, owner in architecture.ties if any(part in alias for part in TABLES))
+            wide = (*wide_ends(architecture.model_type, setup.by.other_heads), *tied)
+        architecture = replace(architecture, keep_in_fp32_strict=(*architecture.keep_in_fp32_strict, *wide))
     setup = setup.model_copy(update={"router_loss": router_loss(setup, architecture)})
     if "batch_size" not in setup.model_fields_set:
         replicas = 1 if distributed is None else distributed.replicas

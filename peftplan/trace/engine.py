@@ -16,7 +16,7 @@ from peftplan.distributed.strategy import Distributed
 from peftplan.errors import PeftplanError, RefusedError
 from peftplan.hardware.context import DEFAULT_CAPABILITY
 from peftplan.hardware.processors import Processors, processors
-from peftplan.job.prepare import wide_ends
+from peftplan.job.prepare import ROUTER, wide_ends
 from peftplan.job.script import NO_SCRIPT, Script
 from peftplan.job.setup import Setup
 from peftplan.libraries.alike import repeating_stacks
@@ -202,6 +202,8 @@ def _run(
     tell("making the model", 0.0)
     ends = setup.keeps_ends_wide and peft_config is None and rank.alone
     wide = wide_ends(config["model_type"], setup.by.other_heads) if ends else ()
+    if not ends and setup.by.wide_ends and quant is None and rank.alone:
+        wide = (ROUTER,)
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup, wide=wide, divide=rank.divided)
     if script.freezes_ranknum:
         freeze_numbers_of_ranks(built.model)

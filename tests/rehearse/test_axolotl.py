@@ -220,7 +220,7 @@ def test_embeddings_of_adapted_models_require_gradients(row: dict[str, Any]) -> 
 
 def test_hunyuan_runs_with_lora_kernels() -> None:
     """Whose queries and keys are normed once they are turned, behind the kernel."""
-    (row,) = (row for row in EXACT if "Hunyuan" in row["values"]["base_model"])
+    row, _packed = (row for row in EXACT if "Hunyuan" in row["values"]["base_model"])
     peaks = peftplan.estimate(**options(row)).peaks
     assert peaks is not None
     assert peaks.reserved == row["reserved"]
@@ -595,6 +595,23 @@ def test_falcon_h1_scans_as_its_transformers(row: dict[str, Any]) -> None:
     assert (2 * of_pairs < peaks.by_phase["backward"]) is by_broadcasting
     for other in ({"batch_size": 2}, {"kbit_prepare": False}, {"gpus": 2}):
         assert peftplan.estimate(**job | other).peaks is None
+
+
+@pytest.mark.parametrize(
+    "row", read(Path(__file__).with_name("axolotl_routers.jsonl")), ids=lambda row: row["values"]["base_model"]
+)
+def test_routers_in_fp32(row: dict[str, Any]) -> None:
+    """axolotl 0.21.0, loaders/model.py:1462: modules that end in `.gate` are cast to fp32, and not back. LoRA on parameters is
+    that of peft 0.21; 0.19 pins 0.20."""
+    assert plan(row).unsupported == {}
+    job = options(row)
+    peaks = peftplan.estimate(**job).peaks
+    assert peaks is not None
+    assert peaks.by_phase == {phase: pytest.approx(n, rel=1e-5) for phase, n in row["by_phase"].items()}
+    assert peaks.reserved == pytest.approx(row["reserved"], rel=7e-4)
+    if plan(row).options["method"] == "lora" and "Qwen3" not in row["values"]["base_model"]:  # which adapts no parameter
+        for other in ({"tool_version": "0.19"}, {"strategy": "ddp", "gpus": 2}, {"method": "qlora"}):
+            assert peftplan.estimate(**job | other).peaks is None
 
 
 def test_a_reference_is_read_in_fp32_beside_a_policy_in_16_bits() -> None:
