@@ -97,3 +97,7 @@ def test_empty_cache_comes_once_and_no_event_is_lost() -> None:
 def test_drift_is_traced_less_measured() -> None:
     assert drift.Figure(measured=200.0, traced=201.0).drift == pytest.approx(0.5)
     assert drift.Figure(measured=2e9, traced=1.9e9).cell(10**9, 2) == "2.00 → 1.90 (-5.00 %)"
+
+
+def test_the_page_can_be_written_part_by_part() -> None:
+    assert drift.page(lengths=drift.LENGTHS, parts=()) == drift.OUTPUT.read_text(encoding="utf-8")
