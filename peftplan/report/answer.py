@@ -219,6 +219,11 @@ def changes(result: Estimate, screen: Screen) -> list[Row]:
         for brings, change in zip(outcomes, best, strict=True):
             line = f"{INDENT}{brings.ljust(widest)}  {advice.command_line(change, nearest.gpu)}"
             rows += wrapped(line, screen.columns, colour=COLOURS.get(change.verdict or ""), indent=" " * (widest + 6))
+        if result.config:
+            from peftplan.report import configs
+
+            keys = configs.keys_of(result.config, (name for change in best for name in change.options))
+            rows += [] if keys is None else wrapped(keys, screen.columns)
     if sentence := advice.without_help(nearest.gpu, advised, strategy=advice.kept_strategy(result)):
         rows += wrapped(sentence, screen.columns)
     return [BLANK, *rows]

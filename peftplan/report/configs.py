@@ -165,6 +165,17 @@ def unsupported(config: ConfigDocument, *, has_peak: bool = True, most: int | No
     return [*lines, *([f"so {BOUNDS[bound]}"] if bound and (has_peak or bound == "unknown") else [])]
 
 
+def keys_of(config: ConfigDocument, names: Iterable[str]) -> str | None:
+    """Which keys of the file set these options to the same values: `qlora.yml: --seq-len is sequence_len`; None without any."""
+    by_option = {
+        row["option"]: key for key, row in config["read"].items() if row["value"] == config["options"].get(row["option"])
+    }
+    own = [
+        f"--{name.replace('_', '-')} is {by_option[name]}" for name in dict.fromkeys(names) if by_option.get(name, name) != name
+    ]
+    return f"{PurePath(config['files'][0]).name}: {', '.join(own)}" if own else None
+
+
 def assumed(config: ConfigDocument) -> list[str]:
     """What the file leaves open: to the tool, with file and line, and to data and launcher."""
     lines = [f"{option}: the default of {at}" for option, at in config["defaults"].items()]

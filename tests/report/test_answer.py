@@ -238,3 +238,15 @@ def test_an_item_that_is_longer_than_a_line_breaks_between_words() -> None:
     item = "no " + ", ".join(["gradient_checkpointing"] * 5)
     words = {word for row in screen.flowing(["loss full", item], 60, between=" · ") for part in row for word in part.text.split()}
     assert words == {"loss", "full", "·", "no", "gradient_checkpointing,", "gradient_checkpointing"}
+
+
+def test_advice_names_the_keys_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "q.yml"
+    # gradient_accumulation_steps has the option's own name; rows of a packed batch are a product of two keys
+    text = "base_model: NousResearch/Llama-3.2-1B\nadapter: lora\nlora_target_linear: true\nbf16: true\ndatasets: [{path: x}]\n"
+    file.write_text(f"{text}sequence_len: 2048\nmicro_batch_size: 16\ngradient_accumulation_steps: 4\n")
+    shown = "\n".join(lines_of(estimate(config=file, gpu="rtx-4090"), 120))
+    assert "q.yml: --batch-size is micro_batch_size, --seq-len is sequence_len" in shown
+    file.write_text(f"{text}sequence_len: 2048\nmicro_batch_size: 16\nsample_packing: true\nflash_attention: true\n")
+    packed = "\n".join(lines_of(estimate(config=file, gpu="rtx-4090"), 120))
+    assert "to fit" in packed and "--seq-len is" not in packed
