@@ -382,6 +382,10 @@ ULYSSES: tuple[JobName, ...] = (
     ("zero1", "full", 4, {"parallel": {"sp_size": 2, "dp_replicate_size": 2}, "seq_len": 2048}),
     ("zero3", "full", 2, {"parallel": {"sp_size": 2}, "seq_len": 2048, "accumulation": 2}),
     ("zero3", "full", 2, {"zero": AUTO, "parallel": {"sp_size": 2}, "seq_len": 2048, "communication": "bf16"}),
+    ("zero3", "full", 2, {"zero": AUTO, "parallel": {"sp_size": 2}, "seq_len": 2048, "batch_size": 2}),
+    ("zero3", "lora", 2, {"zero": AUTO, "parallel": {"sp_size": 2}, "seq_len": 2048, "batch_size": 2, "checkpointing": False}),
+    ("zero2", "lora", 4, {"parallel": {"sp_size": 4}, "seq_len": 2048, "batch_size": 3}),
+    ("zero3", "lora", 8, {"zero": AUTO, "parallel": {"sp_size": 8}, "seq_len": 4096, "batch_size": 2}),
 )
 
 

@@ -57,16 +57,17 @@ def unknown_to_zero(job: Job, distributed: Distributed) -> dict[str, bool]:
 
 
 def _knows_ulysses(job: Job, distributed: Distributed) -> bool:
-    """Whether rows were rehearsed that ranks share by Ulysses: single ones, by Trainer with torch's attention, of a dense model
-    without windows, with gradients that are summed as they are reduced."""
+    """Whether rows were rehearsed that ranks share by Ulysses: by Trainer with torch's attention, of a dense model without
+    windows, with gradients that are summed as they are reduced; several rows where each rank has more than one head."""
     setup, blocks = job.setup, job.architecture.blocks
     return (
         distributed.strategy in (*FLAT, "zero3")
         and (is_like_traced(job) or _divides_nf4(job))
         and job.architecture.model_type in SHARING_ROWS
         and not any(a.window for block in blocks for a in block.attentions)
+        and (setup.rows == 1 or all(a.num_attention_heads > (distributed.sp_size or 1) for b in blocks for a in b.attentions))
         and (job.is_full_or_lora or job.method_name == "qlora")
-        and (setup.attn_implementation, setup.loss, setup.rows) == ("sdpa", "full", 1)
+        and (setup.attn_implementation, setup.loss) == ("sdpa", "full")
         and not (setup.padding or setup.by.sums_tokens or (setup.use_reentrant and setup.gradient_checkpointing))
         and distributed.reduce_scatter is not False
         and job.script.checkpoints_forward  # older releases of transformers were not rehearsed

@@ -130,8 +130,6 @@ def _by_ulysses(model: Model, a: Attention, q: Tensor, k: Tensor, v: Tensor) -> 
     """Attention of whole rows to the heads of one of the ranks that share them."""
     from peftplan.memory.ulysses import by_all_heads
 
-    if model.tape.several:
-        raise NoEngineError("more than one row that ranks share by Ulysses (no formula yet)")
     ranks = model.running.ulysses
     kv_heads = max(1, a.num_key_value_heads // ranks)
     local = a._replace(num_attention_heads=a.num_attention_heads // ranks, num_key_value_heads=kv_heads)

@@ -24,7 +24,7 @@ from peftplan.tape.tensors import Dims, Node, Tensor
 def by_all_heads(
     f: Tape, ranks: int, q: Tensor, k: Tensor, v: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """`UlyssesSPAttentionHF.forward` of one row; q is (b, a, s, d), k and v are (b, g, s, d). `attend`: attention of whole rows,
+    """`UlyssesSPAttentionHF.forward`; q is (b, a, s, d), k and v are (b, g, s, d). `attend`: attention of whole rows,
     whose result lies token by token."""
     b, heads, s, d = q.dims
     of_ranks = f.new((ranks, b, s), "int64", "position_ids of each rank")
