@@ -10,7 +10,7 @@ READ_IN = {
     "transformers": "5.24",
     "peft": "0.21.2",
     "trl": "1.16",
-    "accelerate": "1.15",
+    "accelerate": "1.16",
     "deepspeed": "0.19.8",
     "bitsandbytes": "0.50.2",
     "gptqmodel": "7.7.0",
@@ -137,6 +137,10 @@ PINNED_ACCELERATE = "1.11"
 FSDP2_FIRST_REHEARSED = Change("accelerate", (1, 8), "the oldest release whose `fsdp2_prepare_model` was rehearsed")
 FSDP2_IN_GROUPS = Change("accelerate", (1, 10), "`ParallelismConfig`, which makes groups of ranks under FSDP2")
 FSDP2_TAIL_APART = Change("accelerate", (1, 14), "`fsdp2_prepare_model` makes units of the embedding and of norm and head")
+FSDP_SKIPS_ABSENT_CLASSES = Change("accelerate", (1, 16), "wrap policies leave out classes that no module is of")
+FSDP2_KEEPS_LAST_LOADED = Change(
+    "accelerate", (1, 16), "`fsdp2_load_full_state_dict` drops a tensor once the next is on the device; before, as it asks for it"
+)
 INPUTS_DROPPED = Change("bitsandbytes", (0, 43, 2), "`MatMul4Bit.forward` keeps `(None, B)` as `ctx.tensors`; before, `(A, B)`")
 CODE_COPIED = Change("bitsandbytes", (0, 46), "`quantize_blockwise` keeps a copy of its code; before, all weights shared one")
 FUSED_4BIT = Change("bitsandbytes", (0, 50), "`MatMul4Bit.forward` calls `gemm_4bit`; before, it dequantized every weight")

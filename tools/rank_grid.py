@@ -131,8 +131,8 @@ def jobs() -> Iterator[dict[str, Any]]:
 
 
 def older_jobs() -> Iterator[dict[str, Any]]:
-    """Jobs of releases of accelerate that make units of layers alone. The newest of them casts nothing to fp32, the others all
-    weights, once their shards are made."""
+    """Jobs of releases of accelerate that make units of layers alone, and one that drops each loaded tensor before the next.
+    The newest of the former casts nothing to fp32, the others all weights, once their shards are made."""
     variants: tuple[dict[str, Any], ...] = (
         {},
         {"config": {"tie_word_embeddings": True}},
@@ -144,6 +144,7 @@ def older_jobs() -> Iterator[dict[str, Any]]:
         yield job("fsdp2", method, 4, accelerate="1.12", **more)
     for release, method in product(("1.13", "1.8"), ("full", "lora")):
         yield job("fsdp2", method, 4, accelerate=release)
+    yield job("fsdp2", "lora", 8, accelerate="1.15", fsdp={"cpu_ram_efficient_loading": True})
 
 
 def zero_jobs() -> Iterator[dict[str, Any]]:

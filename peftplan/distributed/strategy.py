@@ -71,8 +71,8 @@ class Distributed(BaseModel):
     gpus: Ranks | None = None
     """GPUs of a node, one process each; of `device-map` all in one process."""
     nodes: Ranks = 1
-    accelerate: Annotated[str, _release("accelerate", "1.15")] | None = None
-    """The version of accelerate that prepares the model; None: one that behaves as 1.15."""
+    accelerate: Annotated[str, _release("accelerate", "1.16")] | None = None
+    """The version of accelerate that prepares the model; None: one that behaves as 1.16."""
     # FSDP
     reshard_after_forward: Annotated[bool | Group | None, BeforeValidator(_resharding)] = None
     dp_shard_size: Ranks | None = None

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container
+from typing import NamedTuple
 
+from peftplan.arch.modules import Architecture
 from peftplan.distributed.layout import Layout
 from peftplan.distributed.strategy import Distributed
 from peftplan.parameters import Parameter
@@ -20,6 +22,7 @@ BESIDE_TEXT = re.compile(
 )
 ENCODER = "model.vision_tower.encoder.layers.{}."
 VISUAL = "model.visual.blocks.{}."
+EMBEDDINGS = tuple(f"model.vision_tower.embeddings.{of}" for of in ("class_embedding", "patch_embedding.", "position_embedding."))
 OF_VISION_MODEL = ("model.vision_model.transformer.layers.{}.", "model.vision_model.global_transformer.layers.{}.")
 TOWERS: dict[str, str | tuple[str, ...]] = {
     "Qwen2VLVisionBlock": VISUAL,
@@ -36,8 +39,39 @@ TOWERS: dict[str, str | tuple[str, ...]] = {
     "Gemma4VisionEncoderLayer": ENCODER,
     "Gemma4VisionPatchEmbedder": "model.vision_tower.patch_embedder.",
     "Gemma4AudioLayer": "model.audio_tower.layers.{}.",
+    "SiglipVisionEmbeddings": EMBEDDINGS,
+    "CLIPVisionEmbeddings": EMBEDDINGS,
+    "PaliGemmaMultiModalProjector": "model.multi_modal_projector.linear.",
 }
 """Class of a tower's modules → how the names of their parameters begin."""
+NOT_IN_MODEL = {
+    "gemma3": ("SiglipTextEmbeddings", None, "Gemma3DecoderLayer,SiglipEncoderLayer"),
+    "gemma4": ("Gemma4AudioLayer", "audio_tower", "Gemma4TextDecoderLayer,Gemma4VisionEncoderLayer"),
+    "lfm2_vl": ("Siglip2TextEmbeddings", None, "Lfm2DecoderLayer,Siglip2EncoderLayer"),
+    "llava": ("CLIPTextEmbeddings", None, "LlamaDecoderLayer,CLIPEncoderLayer"),
+    "paligemma": ("SiglipTextEmbeddings", None, "GemmaDecoderLayer,SiglipEncoderLayer"),
+}
+"""Model type → a class in the `_no_split_modules` that transformers collects of its parts, what of a model has it (None: nothing
+has), and classes of layers as they are usual."""
+
+
+class Absent(NamedTuple):
+    """A class that the default wrap policy names and a model lacks."""
+
+    name: str
+    accepted: str
+    """What to type instead."""
+
+
+def absent_class(distributed: Distributed, architecture: Architecture) -> Absent | None:
+    """The class that the default wrap policy of FSDP does not find in a model; None where it finds all, or classes are named."""
+    default = distributed.wrap_policy in (None, "transformer") and distributed.transformer_cls_names_to_wrap is None
+    if distributed.strategy not in ("fsdp1", "fsdp2") or not default or architecture.model_type not in NOT_IN_MODEL:
+        return None
+    name, part, layers = NOT_IN_MODEL[architecture.model_type]
+    if part is not None and any(part in module.name.split(".") for module in architecture.modules):
+        return None
+    return Absent(name, f"--transformer-cls-names-to-wrap {layers} or the classes of this model's layers")
 
 
 def is_beside_text(name: str) -> bool:

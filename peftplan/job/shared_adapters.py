@@ -6,6 +6,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.distributed.layout import ACCELERATE
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import style_of
+from peftplan.distributed.wrapped import absent_class
 from peftplan.distributed.zero import by_tensor
 from peftplan.dtypes import SIXTEEN_BITS
 from peftplan.errors import RefusedError
@@ -29,7 +30,7 @@ def check_adapter(distributed: Distributed, setup: Setup, architecture: Architec
     if distributed.find_unused_parameters and not distributed.static_graph and setup.gradient_checkpointing:
         _check_unused(setup, adaptation)
     if distributed.strategy == "fsdp1":
-        _check_flat(distributed, setup, adaptation)
+        _check_flat(distributed, setup, architecture, adaptation)
     _check_shards(distributed, setup, adaptation)
     of_lora = any(".lora_A." in tensor.name for tensor in adaptation.added)
     for module in adaptation.matched if distributed.strategy == "tp" and of_lora else ():
@@ -67,9 +68,14 @@ def _leaf(tensor: AddedTensor) -> str:
     return [part for part in tensor.name.removesuffix(".weight").split(".") if not part.isdigit()][-1]
 
 
-def _check_flat(distributed: Distributed, setup: Setup, adaptation: Adaptation) -> None:
+def _check_flat(distributed: Distributed, setup: Setup, architecture: Architecture, adaptation: Adaptation) -> None:
     """Raise RefusedError for an adapter that FSDP1 cannot make flat with its layer, and for DoRA, which reads A outside its unit.
-    Both were rehearsed, and run over two ranks of gloo."""
+    Both were rehearsed, and run over two ranks of gloo. peft's wrap policy refuses classes that a model lacks."""
+    if adaptation.added and setup.by.layout is ACCELERATE and (absent := absent_class(distributed, architecture)) is not None:
+        raise RefusedError(
+            f"strategy: {named('peft')} refuses it with FSDP1: TypeError: Could not find the transformer layer class to wrap in "
+            f"the model ({absent.name}; utils/other.py, `fsdp_auto_wrap_policy`); accepted: {absent.accepted}, fsdp2 or zero3"
+        )
     if any(".lora_magnitude_vector." in t.name for t in adaptation.added) and distributed.use_orig_params is not False:
         raise RefusedError(
             "strategy: FSDP1 has freed lora_A when DoRA reads it: IndexError: tuple index out of range "

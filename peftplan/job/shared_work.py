@@ -9,6 +9,7 @@ from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.pipeline import check_schedule
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.tensor_parallel import ATTENTION_ALONE, UNPLANNED, divides_heads
+from peftplan.distributed.wrapped import absent_class
 from peftplan.errors import InputError, RefusedError
 from peftplan.job.automodel import BUILT
 from peftplan.job.script import Script
@@ -16,7 +17,7 @@ from peftplan.job.setup import Setup
 from peftplan.job.shared_bases import FLOATS, check_flat_dtypes
 from peftplan.job.trainers import OLDER, TRAINERS
 from peftplan.storage import QuantConfig
-from peftplan.versions import FSDP2_TAIL_APART, MESH_OF_ALL_RANKS, PINNED_ACCELERATE, named
+from peftplan.versions import FSDP2_TAIL_APART, FSDP_SKIPS_ABSENT_CLASSES, MESH_OF_ALL_RANKS, PINNED_ACCELERATE, named
 
 ONE_TABLE = ("t5", "mt5", "bart")
 """Model types whose encoder and decoder have each a module around one table of tokens."""
@@ -130,31 +131,17 @@ def _check_shared_rows(ranks: int, setup: Setup, architecture: Architecture) -> 
         raise InputError("seq_len", setup.seq_len, f"{why}; accepted: a multiple of {2 * ranks}")
 
 
-NOT_IN_MODEL = {
-    "gemma3": ("SiglipTextEmbeddings", None, "Gemma3DecoderLayer,SiglipEncoderLayer"),
-    "gemma4": ("Gemma4AudioLayer", "audio_tower", "Gemma4TextDecoderLayer,Gemma4VisionEncoderLayer"),
-    "lfm2_vl": ("Siglip2TextEmbeddings", None, "Lfm2DecoderLayer,Siglip2EncoderLayer"),
-    "llava": ("CLIPTextEmbeddings", None, "LlamaDecoderLayer,CLIPEncoderLayer"),
-    "paligemma": ("SiglipTextEmbeddings", None, "GemmaDecoderLayer,SiglipEncoderLayer"),
-}
-"""Model type → a class in the `_no_split_modules` that transformers collects of its parts, what of a model has it (None: nothing
-has), and classes of layers as they are usual."""
-
-
 def _check_wrapped(distributed: Distributed, setup: Setup, architecture: Architecture) -> None:
-    """Raise RefusedError for a model of which accelerate's default wrap policy does not find all classes
-    (`set_auto_wrap_policy`)."""
-    default = distributed.wrap_policy in (None, "transformer") and distributed.transformer_cls_names_to_wrap is None
-    if distributed.strategy not in ("fsdp1", "fsdp2") or not default or setup.by.layout is not ACCELERATE:
+    """Raise RefusedError for a model of which an older accelerate's default wrap policy does not find all classes
+    (`set_auto_wrap_policy`; `versions.FSDP_SKIPS_ABSENT_CLASSES`)."""
+    if setup.by.layout is not ACCELERATE or not FSDP_SKIPS_ABSENT_CLASSES.after(distributed.accelerate):
         return
-    missing, part, layers = NOT_IN_MODEL.get(architecture.model_type, (None, None, ""))
-    if missing is None or (part is not None and any(part in module.name.split(".") for module in architecture.modules)):
-        return
-    raise RefusedError(
-        f"strategy: {named('accelerate')} refuses it: ValueError: Could not find the transformer layer class {missing} in the "
-        f"model (transformers names it as one not to split); accepted: --transformer-cls-names-to-wrap {layers} or the classes "
-        "of this model's layers, or zero3"
-    )
+    if (absent := absent_class(distributed, architecture)) is not None:
+        raise RefusedError(
+            f"accelerate: {distributed.accelerate} refuses it: ValueError: Could not find the transformer layer class "
+            f"{absent.name} in the model (transformers names it as one not to split); accepted: "
+            f"{absent.accepted}, {FSDP_SKIPS_ABSENT_CLASSES.named} or later, or zero3"
+        )
 
 
 def changed_by_trainer(setup: Setup, distributed: Distributed) -> Setup:

@@ -25,21 +25,32 @@ class ByStateDict(NamedTuple):
     """A table that the head reads too: it comes again as the head's, and goes when the weights are tied again."""
     buffers: Ledger
     ranks: int
+    keeps_last: bool = True
+    """Whether a whole tensor goes once the next one is there (`versions.FSDP2_KEEPS_LAST_LOADED`)."""
 
     def __call__(self, memory: Memory[Handle]) -> None:
         """Each tensor is moved whole, and its shard copied, beside copies of the chunks that are padded to as many rows."""
-        again = []
+        again, last = [], list[Handle]()
         for number, (p, shard) in enumerate((*self.pairs, *self.table)):
             of_shard = ITEMSIZE[shard.dtype] * shard.numel
-            whole = [memory.allocate(ITEMSIZE[shard.dtype] * p.numel)]
-            whole += [memory.allocate(of_shard) for _ in range(self.ranks - p.numel // shard.numel)]
+            if not self.keeps_last:
+                _release(memory, last)
+            whole = memory.allocate(ITEMSIZE[shard.dtype] * p.numel)
+            _release(memory, last)
+            padded = [memory.allocate(of_shard) for _ in range(self.ranks - p.numel // shard.numel)]
             if number < len(self.pairs):
                 keep_shard(memory, shard)
             else:
                 again.append(memory.allocate(of_shard))
-            for handle in whole:
-                memory.release(handle)
+            _release(memory, padded)
+            last = [whole]
+        _release(memory, last)
         for line in self.buffers:
             memory.keep((ITEMSIZE[line.dtype] * prod(line.shape),) * line.copies)
-        for handle in again:
-            memory.release(handle)
+        _release(memory, again)
+
+
+def _release(memory: Memory[Handle], handles: list[Handle]) -> None:
+    for handle in handles:
+        memory.release(handle)
+    handles.clear()

@@ -309,7 +309,7 @@ def test_a_card_that_is_counted_where_one_is_meant(command: tuple[str, ...], cap
 
 
 def test_a_release_that_is_none() -> None:
-    with pytest.raises(PeftplanError, match=r"accelerate: 'x' is not valid; accepted: a release, such as 1\.15"):
+    with pytest.raises(PeftplanError, match=r"accelerate: 'x' is not valid; accepted: a release, such as 1\.16"):
         estimated(gpus=2, accelerate="x")
 
 

@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from importlib import import_module
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 
 import peftplan
 from peftplan.arch import catalogue
+from peftplan.distributed.strategy import Distributed
+from peftplan.distributed.wrapped import ROOT, family_of, is_beside_text
 from peftplan.errors import RefusedError
 from peftplan.job.prepare import prepare
+from peftplan.parameters import Parameter
+from peftplan.versions import FSDP_SKIPS_ABSENT_CLASSES
 
 MODELS = ("gemma-3-4b", "gemma-4-31b", "llava-1.5-7b", "paligemma-3b-pt-224")
 WITH_FORMULA = ("gemma-3-4b", "gemma-4-31b", "llava-1.5-7b")
+BY_DEFAULT = Distributed(strategy="fsdp2", gpus=8)
+OLDER = FSDP_SKIPS_ABSENT_CLASSES.before
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_accelerate_refuses_classes_that_a_model_lacks(name: str) -> None:
+def test_classes_that_a_model_lacks(name: str) -> None:
+    """accelerate leaves them out; an older one refuses them. Units are those that its policy makes."""
     transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
     fsdp = pytest.importorskip("accelerate.utils.fsdp_utils")
     wrap = pytest.importorskip("torch.distributed.fsdp.wrap")
+    job = {"method": "lora", "gpus": 8, "strategy": "fsdp2"}
     with pytest.raises(RefusedError) as refusal:
-        peftplan.estimate(name, method="lora", gpus=8, strategy="fsdp2")
+        peftplan.estimate(name, **job, accelerate=OLDER)
     entry = catalogue.find(name)
     assert entry is not None
     config = transformers.AutoConfig.for_model(**entry.facts()["config"])
     with torch.device("meta"):
         model = transformers.AutoModelForImageTextToText.from_config(config)
 
-    def policy(classes: list[str] | None) -> object:
+    def policy(classes: list[str] | None) -> Callable[[object], bool]:
         plugin = SimpleNamespace(auto_wrap_policy=wrap.transformer_auto_wrap_policy, transformer_cls_names_to_wrap=classes)
         return fsdp.fsdp2_prepare_auto_wrap_policy(plugin, model)
 
-    with pytest.raises(ValueError, match="Could not find the transformer layer class"):
-        policy(None)
     text = str(refusal.value)
     missing, accepted = (
         text.partition("layer class ")[2].split()[0],
@@ -42,9 +51,36 @@ def test_accelerate_refuses_classes_that_a_model_lacks(name: str) -> None:
     )
     assert missing in model._no_split_modules
     assert missing not in {type(module).__name__ for module in model.modules()}
+    with pytest.raises(ValueError, match=f"Could not find the transformer layer class {missing}"):
+        policy([missing])
     assert policy(accepted.split(","))
-    stated = peftplan.estimate(name, method="lora", gpus=8, strategy="fsdp2", transformer_cls_names_to_wrap=accepted)
+    stated = peftplan.estimate(name, **job, transformer_cls_names_to_wrap=accepted, accelerate=OLDER)
     assert (stated.peaks is not None) == (name in WITH_FORMULA)
+    assert (peftplan.estimate(name, **job).peaks is not None) == (name in WITH_FORMULA)
+    if FSDP_SKIPS_ABSENT_CLASSES.after(version("accelerate")):
+        return
+    named = policy(None)
+    units = [f"{name}." for name, module in model.named_modules() if named(module) and is_beside_text(f"{name}.")]
+    for unit in units:
+        parameter = next(name for name, _ in model.named_parameters() if name.startswith(unit))
+        of_layers = re.sub(r"\.\d+\.", ".{}.", parameter)
+        assert family_of(Parameter(of_layers, (1,), 1, "bf16", False, "base", (), ""), BY_DEFAULT) != ROOT
+
+
+def test_peft_refuses_classes_that_a_model_lacks_with_fsdp1() -> None:
+    """peft's wrap policy looks for all of them, with any accelerate; full fine-tuning uses accelerate's."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    other = pytest.importorskip("peft.utils.other")
+    entry = catalogue.find("gemma-3-4b")
+    assert entry is not None
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(transformers.AutoConfig.for_model(**entry.facts()["config"]))
+    with pytest.raises(TypeError, match="Could not find the transformer layer class to wrap in the model"):
+        other.fsdp_auto_wrap_policy(model)
+    job = {"gpus": 8, "strategy": "fsdp1", "adapter_dtype": "bf16"}
+    with pytest.raises(RefusedError, match=r"peft .* refuses it with FSDP1: .*SiglipTextEmbeddings"):
+        peftplan.estimate("gemma-3-4b", method="lora", **job)
+    assert peftplan.estimate("gemma-3-4b", method="full", gpus=8, strategy="fsdp1").peaks is not None
 
 
 @pytest.mark.parametrize("name", ["LlamaDecoderLayer", "Qwen2DecoderLayer"])

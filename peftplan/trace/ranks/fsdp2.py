@@ -36,6 +36,7 @@ from peftplan.trace.load import in_dicts, load
 from peftplan.trace.model import Built
 from peftplan.trace.ranks.group import OneOfSeveral
 from peftplan.trace.reasons import reason
+from peftplan.versions import FSDP2_KEEPS_LAST_LOADED
 
 MOVES = "torch.distributed.fsdp._fully_shard._fsdp_init._move_states_to_device"
 """Where torch moves what a unit holds to the device, before it shards it."""
@@ -213,12 +214,18 @@ class Fsdp2(OneOfSeveral):
                 refusal = f"accelerate {version('accelerate')} refuses it: {reason(error)}"
                 accepted = "--transformer-cls-names-to-wrap with classes of the model"
                 raise RefusedError(f"{refusal}; accepted: {accepted}") from None
+        keeps, last = not FSDP2_KEEPS_LAST_LOADED.after(self.distributed.accelerate or version("accelerate")), None
         for name, parameter in built.model.named_parameters():
             sizes = {"nbytes": parameter.nbytes, "shape": tuple(parameter.shape), "dtype": parse_dtype(parameter.dtype)}
+            if last is not None and not keeps:
+                tracker.end(last)
             full = tracker.passing(**sizes, op="load") if one_by_one else None
+            if last is not None and keeps:
+                tracker.end(last)
             tracker.register(parameter, built.owners.get(name, "weights"), name)  # sharding parts some tied weights
-            if full is not None:
-                tracker.end(full)
+            last = full
+        if last is not None:
+            tracker.end(last)
         for name, tensor in (*built.model.named_buffers(), *in_dicts(built)):
             tracker.register(tensor, "buffers", name)
 
@@ -262,6 +269,7 @@ class Fsdp2(OneOfSeveral):
             torch_device_mesh={(): self._mesh},
             parallelism_config=SimpleNamespace(fsdp_dim_names=()),
             mixed_precision="no",  # cast already
+            device=self._mesh.device_type,
             is_main_process=False,
         )
 
