@@ -233,6 +233,15 @@ def _parts(statements: list[ast.stmt]) -> int:
     return parts
 
 
+def _lengths(tokenized: list[Call]) -> list[Call]:
+    """Where texts are cut, and the most that another call of a tokenizer cuts at: a program may cut targets elsewhere."""
+    cuts = [cut for each in tokenized if isinstance(cut := each["kwargs"].get("max_length"), int)]
+    others = [cut for cut in cuts if cut != cuts[0]]
+    if others:
+        tokenized[0]["kwargs"]["other_max_length"] = max(others)
+    return tokenized
+
+
 def _document(reader: Calls, file: str) -> Document:
     counting, rest = in_order(reader.calls, reader.untaken, reader.unused)
     calls = reader.doubts.settle(of_training_first(counting, reader.nodes, reader.used_by), reader.nodes, reader.used_by)
@@ -253,9 +262,9 @@ def _document(reader: Calls, file: str) -> Document:
         of_call = {call["call"]: node, **{f"{call['call']}.{name}": value for name, value in nodes.items()}}
         numbers = {name: getattr(each, "lineno", None) for name, each in of_call.items()}
         lines |= {name: number for name, number in numbers.items() if number is not None and name not in lines}
-    return Document({"calls": calls + reader.lengths + settings + weights}, lines, "calls", unread=reader.unread())._replace(
-        environment=reader.of_allocator
-    )
+    return Document(
+        {"calls": calls + _lengths(reader.lengths) + settings + weights}, lines, "calls", unread=reader.unread()
+    )._replace(environment=reader.of_allocator)
 
 
 def _take_config(call: Call, reader: Calls, calls: list[Call]) -> None:
