@@ -343,6 +343,20 @@ def test_rehearsed_jobs_are_not_refused() -> None:
         assert refused_dtypes(inventory(job).parameters, job.distributed, quantized=job.quant is not None) is None
 
 
+OF_MODULES = ("pythia-1b", "pythia-160m", "bloom-1b1", "stablelm-2-1-6b", "phi-2", "gpt-j-6b")
+ORDERED = [row for row in rank_jobs.rows() if row["strategy"] == "zero3" and any(model in row["name"] for model in OF_MODULES)]
+
+
+@pytest.mark.parametrize("row", ORDERED, ids=[row["name"][:40] for row in ORDERED])
+def test_modules_without_parameters_count_in_the_order(row: dict[str, Any]) -> None:
+    """Attention, MLP and dropouts of these models: before each module DeepSpeed gathers ahead, which decides the tails of blocks.
+    Without them up to 0.06 %, reserved 0.4 %."""
+    shares = rank_jobs.compared(row)
+    assert shares is not None
+    assert shares["reserved"] == 0
+    assert max(abs(shares["forward"]), abs(shares["backward"])) < 2e-5
+
+
 OLDER = peftplan.Script(transformers=rank_grid.OLDER)
 
 

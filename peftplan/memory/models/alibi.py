@@ -5,6 +5,8 @@ Sources: transformers, models/{bloom,mpt}/modeling_*.py; torch, derivatives.yaml
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from peftplan.errors import RefusedError
 from peftplan.memory.activations import activation
 from peftplan.memory.attention_layout import batched, gathered, product
@@ -37,16 +39,24 @@ def bloom(model: Model) -> Tensor:
 def bloom_layer(c: Call, x: Tensor) -> Tensor:
     """`BloomBlock.forward`."""
     normed = c.norm("input_layernorm", x)
-    attended = c.behind("attention", bloom_attention(c, normed, x))
+    attended = c.behind("attention", _with_residual(c, "self_attention", normed, x, bloom_attention))
     normed = c.norm("post_attention_layernorm", attended)
-    hidden = c.linear("mlp.dense_h_to_4h", normed)
-    hidden = bloom_gelu(c.at("mlp.gelu_impl"), hidden)
+    return c.behind("output", _with_residual(c, "mlp", normed, attended, bloom_mlp))
+
+
+def _with_residual(c: Call, name: str, x: Tensor, residual: Tensor, function: Callable[[Call, Tensor, Tensor], Tensor]) -> Tensor:
+    """A module of this layer, which takes the residual too."""
+    return c.tape.call(f"{c.style.stack}.{name}", c.number, (), (x, residual), lambda both: function(c, *both))
+
+
+def bloom_mlp(c: Call, x: Tensor, residual: Tensor) -> Tensor:
+    """`BloomMLP.forward`."""
+    hidden = c.linear("mlp.dense_h_to_4h", x)
+    hidden = c.module("mlp.gelu_impl", hidden, lambda c, x: bloom_gelu(c.at("mlp.gelu_impl"), x))
     out = c.linear("mlp.dense_4h_to_h", hidden)
     c.at("mlp")
     out = c.dropout(out)
-    out = ops.add(c.at("mlp"), attended, out)
-    del hidden
-    return c.behind("output", out)
+    return ops.add(c.at("mlp"), residual, out)
 
 
 def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
@@ -64,7 +74,7 @@ def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
     scores = baddbmm(f, c.tables[0], q, k, (b, a.num_attention_heads, s, k.dims[2]))
     weights = scores if c.mask is None else ops.add(f, scores, c.mask)
     probabilities = f.to(ops.softmax(f, weights, "fp32"), q.dtype)
-    probabilities = ops.dropout(f, probabilities, c.model.arch.dropout.attention)
+    probabilities = c.module("self_attention.attention_dropout", probabilities, _drop_weights)
     c.model.layer_locals.append(probabilities)
     context = products.matmul(f, probabilities, v, by_head)
     context = gathered(c.model, context)
@@ -72,6 +82,10 @@ def bloom_attention(c: Call, x: Tensor, residual: Tensor) -> Tensor:
     c.at("self_attention")
     out = c.dropout(out)
     return ops.add(c.at("self_attention"), residual, out)
+
+
+def _drop_weights(c: Call, weights: Tensor) -> Tensor:
+    return ops.dropout(c.tape, weights, c.model.arch.dropout.attention)
 
 
 def baddbmm(f: Tape, alibi: Tensor, q: Tensor, k: Tensor, dims: Dims) -> Tensor:

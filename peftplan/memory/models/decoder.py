@@ -52,7 +52,7 @@ def decoder(model: Model, style: Style) -> Tensor:
     f.module = "model"
     if style.multiplied and behind_masks:
         embedded = x = ops.scale(f, x)
-    states = [ops.dropout(f, x, model.arch.dropout.embedding)]  # no name holds it while the layers run
+    states = [drop_embedding(model, style, x)]  # no name holds it while the layers run
     del x
     if model.running.recorded is not None:
         from peftplan.memory.models.recorded import recorded_layer
@@ -64,6 +64,12 @@ def decoder(model: Model, style: Style) -> Tensor:
     x = run_layers(model, style, states, lambda window: tables[window if style.tables_by_window else None], masks=masks)
     del embedded
     return x
+
+
+def drop_embedding(model: Model, style: Style, x: Tensor) -> Tensor:
+    """The dropout of embeddings, which may be a module."""
+    f, probability, (name, *_) = model.tape, model.arch.dropout.embedding, style.dropouts
+    return ops.dropout(f, x, probability) if name is None else f.call(name, None, (), x, lambda x: ops.dropout(f, x, probability))
 
 
 def on_older_card(model: Model) -> bool:
@@ -186,18 +192,18 @@ def serial(c: Call, x: Tensor) -> Tensor:
     x = c.part(before, x)
     x = c.behind("attention", c.part(attended, x, by_name=True))
     x = c.part(after, x)
-    x = added(c, residual, x)
+    x = added(c, residual, x, c.style.dropouts[1])
     residual = x
     x = c.part(before_mlp, x)
     x = c.behind("output", c.part(partial(c.module, "mlp", function=mlp), x))
     x = c.part(after_mlp, x)
-    return added(c, residual, x)
+    return added(c, residual, x, c.style.dropouts[2])
 
 
-def added(c: Call, residual: Tensor, x: Tensor) -> Tensor:
-    """What a sublayer adds to the residual, dropped out, multiplied."""
+def added(c: Call, residual: Tensor, x: Tensor, dropout: str | None = None) -> Tensor:
+    """What a sublayer adds to the residual, dropped out, multiplied. `dropout`: the name of a module that drops out."""
     f = c.at()
-    x = x if c.style.drops_inside else c.dropout(x)
+    x = x if c.style.drops_inside else c.dropout(x, dropout)
     if c.style.multiplied:
         x = ops.scale(f, x)
     return ops.add(f, residual, x)

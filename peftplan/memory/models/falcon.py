@@ -63,13 +63,13 @@ def layer(c: Call, x: Tensor) -> Tensor:
     two = c.block.parallel and not c.block.shared_norm
     normed = c.norm("ln_attn" if two else "input_layernorm", x)
     into_mlp = c.norm("ln_mlp", x) if two else normed
-    attended = c.behind("attention", attention(c, normed))
+    attended = c.behind("attention", c.module("self_attention", normed, attention))
     if not c.block.parallel:
         dropped = ops.dropout(c.at(), attended, c.model.arch.dropout.attention)
         residual = ops.add(c.at(), residual, dropped)
         del dropped
         into_mlp = c.norm("post_attention_layernorm", residual)
-    out = c.behind("output", mlp(c, into_mlp))
+    out = c.behind("output", c.module("mlp", into_mlp, mlp))
     f = c.at()
     if c.block.parallel:
         out = Tensor(out.storage, out.dims, out.dtype, f.record(_add_in_place_backward, (out, attended)))

@@ -50,7 +50,10 @@ OLMO2 = Style(
 )
 olmo2 = partial(decoder, style=OLMO2)
 olmo3 = partial(decoder, style=OLMO2._replace(tables_by_window=True, both_masks=True))
-phi3 = partial(decoder, style=Style(rotate=partly_rotary_in_turn, by_head=True))
+phi3 = partial(
+    decoder,
+    style=Style(rotate=partly_rotary_in_turn, by_head=True, dropouts=(None, "resid_attn_dropout", "resid_mlp_dropout")),
+)
 glm = partial(decoder, style=Style(rotate=interleaved, by_head=True))
 glm4 = partial(
     decoder,

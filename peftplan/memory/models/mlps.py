@@ -62,7 +62,11 @@ def fused_mlp(c: Call, x: Tensor) -> Tensor:
     gate, x = split(c.at("mlp"), x, (half, half))
     if (kernel := c.model.running.kernels.glu) is not None:
         return c.linear("mlp.down_proj", fused_layers.gated(c.tape, kernel, gate, x, copies=True))
-    x = ops.mul(c.tape, x, activation(c.at("mlp.activation_fn"), gate, c.block.mlp.activation))
+
+    def activated(c: Call, x: Tensor) -> Tensor:
+        return activation(c.at("mlp.activation_fn"), x, c.block.mlp.activation)
+
+    x = ops.mul(c.tape, x, c.module("mlp.activation_fn", gate, activated))
     return c.linear("mlp.down_proj", x)
 
 

@@ -12,10 +12,11 @@ from functools import partial
 from peftplan.memory.attention_layout import viewed
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
-from peftplan.memory.models.decoder import attention, decoder, masks_of, run_layers
+from peftplan.memory.models.decoder import attention, decoder, drop_embedding, masks_of, run_layers
 from peftplan.memory.models.mlps import mlp
 from peftplan.memory.models.style import Call, Style
 from peftplan.memory.norms import layer_norm, written_layer_norm
+from peftplan.memory.units import ROTARY
 from peftplan.tape import ops
 from peftplan.tape.rotary import partly_rotary, partly_rotary_inline, rotary
 from peftplan.tape.shaping import cat, sliced, split
@@ -27,8 +28,8 @@ def cohere_layer(c: Call, x: Tensor) -> Tensor:
     """`CohereDecoderLayer.forward`: residual + attention + MLP."""
     residual = x
     x = c.norm("input_layernorm", x)
-    attended = c.behind("attention", attention(c, x))
-    out = c.behind("output", mlp(c, x))
+    attended = c.behind("attention", c.module("self_attn", x, attention, by_name=True))
+    out = c.behind("output", c.module("mlp", x, mlp))
     f = c.at()
     return ops.add(f, ops.add(f, residual, attended), out)
 
@@ -47,18 +48,18 @@ def stablelm_layer(c: Call, x: Tensor) -> Tensor:
     """`StableLmDecoderLayer.forward`: serial, or parallel behind one norm; the MLP's output alone is dropped out."""
     residual = x
     x = c.norm("input_layernorm", x)
-    attended = c.behind("attention", attention(c, x))
+    attended = c.behind("attention", c.module("self_attn", x, attention, by_name=True))
     if c.block.parallel:
-        out = c.behind("output", mlp(c, x))
+        out = c.behind("output", c.module("mlp", x, mlp))
         f = c.at()
-        out = c.dropout(out)
+        out = c.dropout(out, "dropout")
         return ops.add(f, ops.add(f, residual, attended), out)
     residual = ops.add(c.at(), residual, attended)
     normed = c.norm("post_attention_layernorm", residual)
-    out = c.behind("output", mlp(c, normed))
+    out = c.behind("output", c.module("mlp", normed, mlp))
     del normed
     f = c.at()
-    out = c.dropout(out)
+    out = c.dropout(out, "dropout")
     return ops.add(f, residual, out)
 
 
@@ -66,32 +67,32 @@ def phi_layer(c: Call, x: Tensor) -> Tensor:
     """`PhiDecoderLayer.forward`: attention + MLP + residual, both dropped out."""
     residual = x
     x = c.norm("input_layernorm", x)
-    attended = c.behind("attention", attention(c, x))
-    attended = c.dropout(attended)
-    out = c.behind("output", mlp(c, x))
+    attended = c.behind("attention", c.module("self_attn", x, attention, by_name=True))
+    attended = c.dropout(attended, "resid_dropout")
+    out = c.behind("output", c.module("mlp", x, mlp))
     f = c.at()
-    out = c.dropout(out)
+    out = c.dropout(out, "resid_dropout")
     return ops.add(f, ops.add(f, attended, out), residual)
 
 
 def neox_layer(c: Call, x: Tensor) -> Tensor:
     """`GPTNeoXLayer.forward`: two norms; serial or parallel."""
     normed = c.norm("input_layernorm", x)
-    attended = c.behind("attention", neox_attention(c, normed))
+    attended = c.behind("attention", c.module("attention", normed, neox_attention))
     del normed
-    attended = c.dropout(attended)
+    attended = c.dropout(attended, "post_attention_dropout")
     if c.block.parallel:
         normed = c.norm("post_attention_layernorm", x)
-        out = c.behind("output", mlp(c, normed))
+        out = c.behind("output", c.module("mlp", normed, mlp))
         del normed
-        out = c.dropout(out)
+        out = c.dropout(out, "post_mlp_dropout")
         f = c.at()
         return ops.add(f, ops.add(f, out, attended), x)
     attended = ops.add(c.at(), attended, x)
     normed = c.norm("post_attention_layernorm", attended)
-    out = c.behind("output", mlp(c, normed))
+    out = c.behind("output", c.module("mlp", normed, mlp))
     del normed
-    out = c.dropout(out)
+    out = c.dropout(out, "post_mlp_dropout")
     return ops.add(c.at(), out, attended)
 
 
@@ -113,8 +114,8 @@ def gptj_layer(c: Call, x: Tensor) -> Tensor:
     """`GPTJBlock.forward`: attention + MLP + residual."""
     residual = x
     x = c.norm("ln_1", x)
-    attended = c.behind("attention", c.dropout(gptj_attention(c, x)))
-    out = c.behind("output", c.dropout(mlp(c, x)))
+    attended = c.behind("attention", c.module("attn", x, gptj_attention, by_name=True))
+    out = c.behind("output", c.module("mlp", x, gptj_mlp))
     f = c.at()
     return ops.add(f, ops.add(f, attended, out), residual)
 
@@ -135,7 +136,12 @@ def gptj_attention(c: Call, x: Tensor) -> Tensor:
     k = cat(f, (k_rot, k_pass), by_token).view(by_head)
     q = cat(f, (q_rot, q_pass), by_token).view(by_head)
     k, v = c.cached(k, v, rotated=True)
-    return c.linear("attn.out_proj", c.attend(q, k, v, rotated=True))
+    return c.dropout(c.linear("attn.out_proj", c.attend(q, k, v, rotated=True)), "attn.resid_dropout")
+
+
+def gptj_mlp(c: Call, x: Tensor) -> Tensor:
+    """`GPTJMLP.forward`."""
+    return c.dropout(mlp(c, x), "mlp.dropout")
 
 
 def gptj_parts(c: Call, f: Tape, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,9 +168,10 @@ def gptj(model: Model) -> Tensor:
     f.module = "transformer"
     _positions = f.new((model.seq,), "int64", "position_ids")
     masks = masks_of(model, GPTJ, embedded.dtype)
-    states = [ops.dropout(f, embedded, model.arch.dropout.embedding)]  # no name holds it while the layers run
+    states = [drop_embedding(model, GPTJ, embedded)]  # no name holds it while the layers run
     rotary_dim = model.arch.blocks[0].attentions[0].rotary_dim
     assert rotary_dim is not None
+    model.units.enter(ROTARY)
     table = f.new((1, model.seq, rotary_dim), states[0].dtype, "sines and cosines")
     x = run_layers(model, GPTJ, states, lambda window: (table,), masks=masks)
     del embedded
@@ -177,6 +184,7 @@ GPTJ = Style(
     plain=("mlp.fc_in", "mlp.fc_out"),
     stack="transformer.h.{}",
     final_norm="transformer.ln_f",
+    dropouts=("transformer.drop", None, None),
     narrow_eager=True,
     wide_scores=True,
 )
@@ -210,6 +218,7 @@ phi = partial(
         output="dense",
         plain=("mlp.fc1", "mlp.fc2"),
         final_norm="model.final_layernorm",
+        dropouts=("model.embed_dropout", None, None),
     ),
 )
 gpt_neox = partial(
@@ -221,5 +230,6 @@ gpt_neox = partial(
         plain=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         stack="gpt_neox.layers.{}",
         final_norm="gpt_neox.final_layer_norm",
+        dropouts=("gpt_neox.emb_dropout", None, None),
     ),
 )

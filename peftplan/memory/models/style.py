@@ -89,8 +89,10 @@ class Call(NamedTuple):
         self.model.tape.module = f"{self.style.stack}.{name}" if name else self.style.stack
         return self.model.tape
 
-    def dropout(self, x: Tensor) -> Tensor:
-        """The dropout that follows sublayers."""
+    def dropout(self, x: Tensor, name: str | None = None) -> Tensor:
+        """The dropout that follows sublayers, which may be a module of this name."""
+        if name is not None:
+            return self.module(name, x, Call.dropout)
         return ops.dropout(self.model.tape, x, self.model.arch.dropout.hidden)
 
     def behind(self, part: str, x: Tensor) -> Tensor:
@@ -167,7 +169,8 @@ class Style(NamedTuple):
     eager attention is that of GPT-2, with `wide_scores` that of GPT-J. `mask_by_position`: layers take
     the mask by position, not by name. `checkpoints_parts`: under checkpointing parts of a layer are checkpoints, not the layer.
     `holds_projected`: names hold queries, keys and values as they were projected until attention returns.
-    `drops_inside`: attention and the MLP drop out what they return; elsewhere the layer does.
+    `drops_inside`: attention and the MLP drop out what they return; elsewhere the layer does. `dropouts`: names of the
+    modules that drop out embeddings, what attention returns, and what the MLP does; None without such a module.
     """
 
     norm: Norm = rms
@@ -197,3 +200,4 @@ class Style(NamedTuple):
     checkpoints_parts: bool = False
     holds_projected: bool = False
     drops_inside: bool = False
+    dropouts: tuple[str | None, str | None, str | None] = (None, None, None)
