@@ -60,7 +60,11 @@ use_vllm: true
 
 @pytest.mark.parametrize(
     ("device", "mode", "known"),
-    [("vllm_device: auto", "server", True), ("vllm_device: cuda:7", "server", True), ("vllm_device: cuda:0", "colocate", False)],
+    [
+        ("vllm_device: auto", "server", True),
+        ("vllm_device: cuda:7", "server", True),
+        *((f"vllm_device: {device}", "colocate", False) for device in ("cuda:0", "cuda:8", "cuda", "cpu")),
+    ],
 )
 def test_vllm_on_a_card_of_its_own(tmp_path: Path, device: str, mode: str, *, known: bool) -> None:
     """trl 0.15.2, trainer/grpo_trainer.py:374: `auto` is the card behind those that train. trl 1.16.0 calls this a server."""
