@@ -89,7 +89,8 @@ def left_by_steps(
     steady_step(model, program, reference=ranks.reference_on_rank(inventory.job, model, earlier))
     assert isinstance(model.units, Zero3)
     left = model.units.left
-    of_second = earlier.reference and left.reference and earlier.reference._replace(decided=left.reference.decided)
+    later = left.reference
+    of_second = earlier.reference and later and earlier.reference._replace(decided=later.decided, follows=later.follows)
     return earlier._replace(decided=left.decided, reference=of_second)
 
 

@@ -18,6 +18,7 @@ from peftplan.distributed.pipeline import actions_of, as_model, num_layers, on_s
 from peftplan.distributed.shards import holding
 from peftplan.distributed.tensor_parallel import architecture_on_rank, ranks_of, shards_of
 from peftplan.distributed.zero import Key
+from peftplan.distributed.zero3 import GATHER_OF_SECOND
 from peftplan.distributed.zero_shards import cast_on_rank
 from peftplan.errors import NoRankFormulaError
 from peftplan.job.setup import Setup
@@ -153,6 +154,9 @@ def reference_on_rank(job: Job, policy: Model, before: Earlier | None) -> Model 
     told = job.distributed.model_copy(update={name: None for name, value in job.distributed if value == "auto"})
     habits, earlier = _habits(job)._replace(reloads=False), before and before.reference
     reference.units = zero.reference = Zero3(reference, told, dtype=zero.dtype, habits=habits, before=earlier)
+    zero.reference.persisting = earlier is not None and earlier.follows
+    if zero.reference.overlaps:
+        zero.reference.coordinator.stream = GATHER_OF_SECOND
     return reference
 
 

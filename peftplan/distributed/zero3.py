@@ -29,8 +29,8 @@ from peftplan.tape.streams import on_stream
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Tensor
 
-GATHER, REDUCE = 1, 2
-"""Streams of the gathers and of the reductions; 0 is the default one."""
+GATHER, REDUCE, GATHER_OF_SECOND = 1, 2, 3
+"""Streams of the gathers, of the reductions, and of the gathers of a second model's engine; 0 is the default one."""
 DTYPES = ("bf16", "fp16", "fp32", "fp64", "int8", "uint8")
 """The order in which parameters of several dtypes are gathered: by torch's names (runtime/torch_autocast.py, `sort_dtypes`)."""
 

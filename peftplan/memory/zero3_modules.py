@@ -68,6 +68,8 @@ class Earlier(NamedTuple):
     """The same of a second model."""
     decided: tuple[tuple[tuple[str, int], frozenset[int]], ...] = ()
     """As of `Coordinator`."""
+    follows: bool = False
+    """Whether the last forward followed an order: before it is known, a module frees what would persist too."""
 
 
 class Gathering(Stage):
@@ -104,7 +106,7 @@ class Gathering(Stage):
         self.readers: set[str] = set(before.readers) if before else set()
         """Modules that have run: of these it is known which parameters of other ones they read."""
         self.persisting = before is not None
-        """Whether the step begins with the parameters that the one before has gathered at its end."""
+        """Whether the step begins with the parameters that the one before has gathered at its end, or left gathered."""
         self.of_leaf = self._leaves(LEAVES.get(model.arch.model_type))
         """Block of experts without hooks inside → its parameters."""
         self.in_leaf = False
@@ -134,7 +136,8 @@ class Gathering(Stage):
         ran = self.coordinator.recorded or self.coordinator.order
         order = tuple([(module.name, tuple([p.number for p in module.parameters]), module.leaf) for module in ran])
         reference = None if self.reference is None else self.reference.left
-        return Earlier(order, frozenset(self.readers), reference, tuple(self.coordinator.decided.items()))
+        follows = self.coordinator.recorded is None
+        return Earlier(order, frozenset(self.readers), reference, tuple(self.coordinator.decided.items()), follows)
 
     def call(
         self,

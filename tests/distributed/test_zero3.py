@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from peftplan.job.prepare import prepare
 from peftplan.job.script import Script
 from peftplan.results.estimate import Estimate
 from peftplan.tape.tape import Tape
-from tools import rank_grid, rank_jobs
+from tools import rank_grid, rank_jobs, rehearsed_jobs
 from tools.rank_grid import AUTO, cut
 
 TRAINED, NORMS = 1_235_814_400, 33 * 2048
@@ -341,6 +342,25 @@ def test_rehearsed_jobs_are_not_refused() -> None:
     for job in jobs:
         assert job.distributed is not None
         assert refused_dtypes(inventory(job).parameters, job.distributed, quantized=job.quant is not None) is None
+
+
+REHEARSED = Path(__file__).parents[1] / "rehearse"
+REFERENCES = [
+    row
+    for file in ("drawn_ranks", "evaluated")
+    for row in rehearsed_jobs.read(REHEARSED / f"{file}.jsonl")
+    if {"zero3", "full", "trl-dpo"} <= {*row["job"].split()}
+]
+
+
+@pytest.mark.parametrize("row", REFERENCES, ids=[row["job"] for row in REFERENCES])
+def test_a_reference_gathers_on_a_stream_of_its_own(row: dict[str, Any]) -> None:
+    """Its engine has one (parameter_offload.py), and in the second step its small parameters are not there yet, which a module
+    frees while the order is not known. On the policy's stream reserved bytes were 2.35 and 3.74 % low."""
+    drift = rehearsed_jobs.drifts(row, "analytic")
+    assert drift is not None
+    assert drift["reserved"] == 0
+    assert max(abs(drift[phase]) for phase in ("forward", "backward", "step")) < 0.002
 
 
 OF_MODULES = ("pythia-1b", "pythia-160m", "bloom-1b1", "stablelm-2-1-6b", "phi-2", "gpt-j-6b")
