@@ -24,6 +24,7 @@ from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.read import read_values
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
+from peftplan.versions import FSDP2_KEEPS_LAST_LOADED
 from tools.rank_grid import cut
 from tools.rehearsed_recipes import complete, kept_of
 
@@ -86,6 +87,7 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
     read = {"model": cut(values["model"], layers), **plan(row).options}
     read |= {"seq_len": row["tokens"]} if "tokens" in row else {}
     read |= {"logits_to_keep": row["labelled"]} if "labelled" in row else {}
+    read |= {"accelerate": FSDP2_KEEPS_LAST_LOADED.before} if read.get("strategy") == "fsdp2" else {}  # rows ran with it
     read |= {"deepspeed_version": row.get("deepspeed", RELEASE)} if "deepspeed_version" in read else {}
     return read | ({"teacher_model": shallow(values["teacher_model"], layers)} if "teacher_model" in read else {})
 

@@ -16,6 +16,7 @@ from peftplan.job.trainers import DEFAULT
 from peftplan.memory.packed import FEWEST_DENSE
 from peftplan.storage.config import FOUR_BIT
 from peftplan.units import GIB
+from peftplan.versions import FSDP2_TAIL_APART
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -138,7 +139,7 @@ def _offloads_layers(job: Job) -> bool:
     from peftplan.memory.unit_groups import tied
 
     setup, distributed = job.setup, job.distributed
-    if distributed is None or distributed.strategy != "fsdp2" or distributed.accelerate is not None:
+    if distributed is None or distributed.strategy != "fsdp2" or FSDP2_TAIL_APART.after(distributed.accelerate):
         return False
     if distributed.reshard_after_forward not in (None, True) or distributed.dp_shard_size not in (None, distributed.world_size):
         return False

@@ -169,9 +169,8 @@ def _by_state_dict(job: Job, full: Parameters, shards: Parameters, buffers: Ledg
     pairs = [(p, shard_of[id(p)]) for p, _ in tensors(in_module_order(full))]
     name = f"{job.architecture.input_embedding}.weight"
     table = [pair for pair in pairs if tied(job.architecture) and pair[0].name == name]
-    return ByStateDict(
-        pairs, table, buffers, job.distributed.shards, not versions.FSDP2_KEEPS_LAST_LOADED.after(job.distributed.accelerate)
-    )
+    by_newest = not job.setup.by.own_fsdp2 and not versions.FSDP2_KEEPS_LAST_LOADED.after(job.distributed.accelerate)
+    return ByStateDict(pairs, table, buffers, job.distributed.shards, keeps_last=by_newest)
 
 
 def _matrices_of_stages(job: Job, parameters: Parameters, own: Parameters, rank: int) -> tuple[tuple[int, int], ...]:

@@ -62,8 +62,8 @@ def test_a_word_is_no_field_of_any_method_and_means_an_option() -> None:
         (["--nproc", "2", "--zero-stage", "2"], ["--gpus", "2", "--strategy", "zero2"]),
         (["--world-size", "2"], ["--gpus", "2"]),
         (
-            ["--num-processes", "4", "--tp", "2", "--strategy", "fsdp2", "--lora-target", "c_attn"],
-            ["--gpus", "4", "--tp-size", "2", "--strategy", "fsdp2", "--target-modules", "c_attn"],
+            ["--num-processes", "4", "--tp", "2", "--strategy", "fsdp2", "--lora-target", "c_attn", "--trainer", "automodel"],
+            ["--gpus", "4", "--tp-size", "2", "--strategy", "fsdp2", "--target-modules", "c_attn", "--trainer", "automodel"],
         ),
     ],
 )
