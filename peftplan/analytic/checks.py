@@ -15,6 +15,7 @@ from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job import loss_sizes
 from peftplan.job.automodel import builds
 from peftplan.job.kernels import kernels_of
+from peftplan.job.trainers import OLDER
 from peftplan.job.virtual_tokens import check_virtual_tokens
 from peftplan.memory.methods import ADAPTERS
 from peftplan.memory.models import FORWARDS, OF_TEXT_PARTS
@@ -60,7 +61,7 @@ def check(job: Job) -> None:
         raise NoEngineError(refused)
     if job.quant is not None and job.quant.experts:
         _check_stacks(job)
-    if job.setup.by.own_fsdp2:
+    if job.setup.by.name in OLDER:
         _check_parameters(job)
     model_type = job.architecture.model_type
     if model_type not in FORWARDS | OF_TEXT_PARTS and not builds(job) and kernels_of(job.setup.kernels or ()).layers is None:
@@ -115,6 +116,8 @@ def _check_parameters(job: Job) -> None:
         return
     if job.setup.by.transformers:
         raise NoEngineError("LoRA on parameters with the peft that axolotl 0.19 pins (no formula yet)")
+    if not job.setup.by.own_fsdp2:
+        raise NoEngineError(f"LoRA on parameters by {job.setup.by.called} (no formula yet)")
     if job.quant is not None or job.distributed is not None:
         where = "a quantized base" if job.distributed is None else job.distributed.called
         raise NoEngineError(f"LoRA on parameters by axolotl, with {where} (no formula yet)")

@@ -188,9 +188,9 @@ def prepared(request: Request) -> Job:
     )
     if quant is not None and quant.name == "awq" and setup.dtype == "bf16":
         setup = setup.model_copy(update={"dtype": "fp16"})  # transformers, quantizers/quantizer_awq.py, `update_dtype`
-    if setup.by.wide_ends and quant is None and distributed is None:
-        wide: tuple[str, ...] = (ROUTER,)  # which no cast to 16 bits follows
-        if kind is not None and kind.name == "full" and setup.keeps_ends_wide:
+    if setup.by.wide_ends and quant is None and (distributed is None or distributed.strategy == "ddp"):
+        wide: tuple[str, ...] = (ROUTER,)  # which no cast to 16 bits follows, but that of DeepSpeed
+        if kind is not None and kind.name == "full" and setup.keeps_ends_wide and distributed is None:
             tied = (owner for alias, owner in architecture.ties if any(part in alias for part in TABLES))
             wide = (*wide_ends(architecture.model_type, setup.by.other_heads), *tied)
         architecture = replace(architecture, keep_in_fp32_strict=(*architecture.keep_in_fp32_strict, *wide))

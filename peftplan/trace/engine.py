@@ -202,7 +202,7 @@ def _run(
     tell("making the model", 0.0)
     ends = setup.keeps_ends_wide and peft_config is None and rank.alone
     wide = wide_ends(config["model_type"], setup.by.other_heads) if ends else ()
-    if not ends and setup.by.wide_ends and quant is None and rank.alone:
+    if not ends and setup.by.wide_ends and quant is None and rank.whole:
         wide = (ROUTER,)
     built = build(config, task_type=task_type, peft_config=peft_config, quant=quant, setup=setup, wide=wide, divide=rank.divided)
     if script.freezes_ranknum:

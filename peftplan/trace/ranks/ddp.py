@@ -101,6 +101,7 @@ class Ddp(OneOfSeveral):
 
     tracker = ReducedTracker
     prepares = True
+    whole = True
     _wrapped: DistributedDataParallel = field(init=False)
 
     @property

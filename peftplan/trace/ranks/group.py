@@ -32,6 +32,7 @@ class OneOfSeveral(OneGpu):
 
     distributed: Distributed
     alone = False
+    whole = False
 
     def world(self) -> AbstractContextManager[None]:
         """The process group."""

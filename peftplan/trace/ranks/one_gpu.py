@@ -29,6 +29,8 @@ class OneGpu:
     rank = 0
     alone = True
     """Whether there is no other rank."""
+    whole = True
+    """Whether it holds the weights in the dtypes of one GPU."""
     prepares = False
     """Whether it has wrapped the forward as accelerate prepares it (`trace.steps.prepared`)."""
     stacks: tuple[Stack, ...] = ()
