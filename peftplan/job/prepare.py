@@ -265,6 +265,7 @@ def prepared(request: Request) -> Job:
         *unmatched_targets(architecture, config, adapter),
         *(ignored_fields(adapter) if config is None and peft_config else ()),
         *without_vllm(setup),
+        *(_wide_experts(setup, architecture, quant) if setup.by.own_fsdp2 else ()),
         *(() if distributed is None else _traps(distributed, setup, architecture, quant, adaptation)),
         *_replaced(set_here.get("optim"), setup),
     )
@@ -306,6 +307,12 @@ def _replaced(chosen: object, setup: Setup) -> Iterator[str]:
     """A warning where DeepSpeed's own optimizer steps in place of the one that was asked for."""
     if chosen is not None and setup.optim in OF_DEEPSPEED and not str(chosen).startswith("adamw_torch"):
         yield f"optim: {parse_optim(str(setup.optim)).cls} steps, not {chosen}: DeepSpeed's config or accelerate makes it"
+
+
+def _wide_experts(setup: Setup, architecture: Architecture, quant: QuantConfig | None) -> tuple[str, ...]:
+    from peftplan.job.traps import wide_experts
+
+    return tuple(wide_experts(setup, architecture, quant))
 
 
 def _traps(

@@ -67,6 +67,14 @@ def traps(
         )
 
 
+def wide_experts(setup: Setup, architecture: Architecture, quant: QuantConfig | None) -> Iterator[str]:
+    """A warning for stacks of experts beside a quantized base, which axolotl leaves in fp32 (peft's
+    `prepare_model_for_kbit_training`, which it calls; two layers of OLMoE with QLoRA, rehearsed with 0.21.0)."""
+    has_stacks = any(module.kind == "Experts" for module in architecture.modules)
+    if has_stacks and quant is not None and not quant.experts and not setup.kbit_prepare:
+        yield "quant: axolotl leaves stacks of experts in fp32, which are counted in 16 bits; the bytes are a lower bound"
+
+
 def _of_other_models(distributed: Distributed, architecture: Architecture) -> list[str]:
     """Classes to wrap whose names are those of another model's modules, such as `LlamaDecoderLayer` where the model is Qwen 2."""
     stem = STEM.match(architecture.model_class)

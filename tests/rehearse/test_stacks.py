@@ -62,6 +62,18 @@ def test_the_peft_of_axolotl_0_19_makes_whole_updates() -> None:
     assert "LoRA on parameters with the peft" in with_updates.not_modelled[0]
 
 
+def test_stacks_beside_a_quantized_base_are_said_to_be_wide() -> None:
+    """Two layers of OLMoE with QLoRA by axolotl 0.21.0, rehearsed: load of 3.92 GB, not 2.05."""
+    job: dict[str, Any] = {"method": "qlora", "target_modules": ["q_proj", "v_proj"]}
+    for others, is_bound in (
+        ({"trainer": "axolotl"}, True),
+        ({"trainer": "transformers"}, False),
+        ({"trainer": "axolotl", "quant_experts": True}, False),
+    ):
+        warnings = peftplan.estimate("olmoe-1b-7b-0924", **job, **others).warnings
+        assert any("stacks of experts in fp32" in text for text in warnings) is is_bound
+
+
 def test_no_other_format_stores_them() -> None:
     with pytest.raises(OptionError, match="quant_experts"):
         peftplan.estimate("mixtral-8x7b-v0.1", method="lora", quant_experts=True)
