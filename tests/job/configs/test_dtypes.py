@@ -115,3 +115,18 @@ def test_a_checkpoint_of_another_run_has_no_known_dtype() -> None:
     base, chat = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
     assert checkpoint_dtype(base, load_config(base)) is None
     assert checkpoint_dtype(chat, load_config(chat)) == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [
+        ("microsoft/Phi-3-mini-4k-instruct", "bf16"),
+        ("tiiuae/falcon-7b-instruct", "bf16"),
+        ("bigcode/starcoder2-15b", "fp32"),
+        ("bigcode/starcoder2-15b-instruct-v0.1", None),
+        ("agentica-org/DeepScaleR-1.5B-Preview", None),
+        ("mistral-community/Mistral-7B-v0.2", None),
+    ],
+)
+def test_a_dtype_of_a_copied_config_is_not_that_of_another_run(model: str, dtype: str | None) -> None:
+    assert checkpoint_dtype(model, load_config(model)) == dtype
