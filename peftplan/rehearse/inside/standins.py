@@ -94,7 +94,9 @@ def _config(repo_id: str) -> dict[str, Any] | None:
 
 def _watch_loader(module: Any, say: Callable[[str], None]) -> None:
     """A checkpoint is wanted: a folder with a config and no weights gets a file of holes first."""
-    resolve = module._get_resolved_checkpoint_files
+    resolve = getattr(module, "_get_resolved_checkpoint_files", None)
+    if resolve is None:  # a release that looks for the files in `from_pretrained` itself: the folder must hold them
+        return
 
     def with_weights(pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         folder = _folder(str(pretrained_model_name_or_path))
