@@ -2,9 +2,10 @@
 tools.published_figures`.
 
 data/published/figures.jsonl has a row for each figure of torchtune and ms-swift: what was printed where, the `job` (MODEL and
-options) or the published config that is estimated, what a rehearsal of a release of that time took, and the reason of a
-difference. Unsloth's figures are those of its notebooks (`tests/job/configs/data/unsloth.jsonl`), ranks of several GPUs those of
-data/runs.
+options) or the published config that is estimated, what a rehearsal of a release of that time took, and the `reason` of a
+difference, a name in `REASONS`. Where the tokens of a script's data are published, `longest` is the longest row, which is
+estimated; `day` is what ran then: releases and arguments. Unsloth's figures are those of its notebooks
+(`tests/job/configs/data/unsloth.jsonl`), ranks of several GPUs those of data/runs.
 """
 
 from __future__ import annotations
@@ -36,13 +37,23 @@ NEAR = 3.0
 """Percent within which an estimate stands beside a figure without a reason."""
 Row = dict[str, Any]
 MEGATRON = "Megatron-Core runs it, whose step peftplan does not count"
-PICTURES = "pictures: the estimate is of the text part"
-LENGTHS = "perhaps lengths: rows may end before `max_length`, which the estimate assumes"
 OFFLOADED = "reserved bytes are not stated where the host holds the base"
 OF_RANKS = ("fms_fsdp1", "fsdp_qlora", "ms_swift_ranks", "ms_swift")
 RANKS_NEAR = 0.01
-MORE = "open: the script took more than rows of `max_length` need"
-UNSTATED = "metric, card and releases are not stated; the estimate is of 4.6.0"
+REASONS = {
+    "within": f"the estimate is within {NEAR:.0f} % or rounds to the figure",
+    "lengths": "it does so for the longest row that the data set's publisher counted, and not for a row of `max_length`",
+    "release": "what a release of that time does otherwise: shown by a rehearsal of it, an estimate, or its file and line",
+    "changed": "a commit changed the job after the figure was taken",
+    "copied": "the comment came with another script, whose figure it is",
+    "card": "more than a card of 80 GB gives to torch: the comment names the card",
+    "pictures": "pictures come on top: the estimate is of the text part, and lower",
+    "unstated": "the source does not state the flags of the job: checkpoints, offloading, optimizer and rank",
+    "open": "nothing found explains the difference, which stands beside it",
+}
+"""Why a figure is what it is, in one word."""
+LONGEST = 1 << 15
+"""Tokens up to which a length is sought that meets a figure."""
 
 
 def load_rows() -> list[Row]:
@@ -93,7 +104,7 @@ def beside(printed: float, nbytes: int | None, unit: str) -> tuple[str, str]:
 
 
 def torchtune(rows: list[Row]) -> Iterator[tuple[str, ...]]:
-    """What, printed, metric, estimated, rehearsed, what is assumed and the reason."""
+    """What, printed, metric, estimated, rehearsed, the reason, what is assumed and what shows it."""
     for row in rows:
         if row["tool"] == "torchtune":
             result = estimated(row["job"]) if "job" in row else "–"
@@ -102,39 +113,88 @@ def torchtune(rows: list[Row]) -> Iterator[tuple[str, ...]]:
             real = beside(row["printed"], row.get("rehearsed"), row["unit"])
             notes = [*row.get("assumes", ()), *([f"*inferred*: {row['inferred']}"] if "inferred" in row else []), row.get("why")]
             release = row.get("versions", {}).get("torchtune", "–")
-            cells = (row["what"], f"{row['printed']} {row['unit']}", row["metric"], *ours, *real, release)
+            cells = (row["what"], f"{row['printed']} {row['unit']}", row["metric"], *ours, *real, release, row.get("reason", "–"))
             yield (*cells, "; ".join(filter(None, notes)))
 
 
+def command(row: Row) -> Row:
+    """The command of a script that a comment is about."""
+    commands = [record for record in records("swift") if record["path"] == row["path"]]
+    record: Row = commands[min(row.get("command", 0), len(commands) - 1)]
+    return record
+
+
+def job_of_script(row: Row, *, day: bool = False) -> tuple[ConfigPlan, dict[str, Any]]:
+    """What is read of an ms-swift script, on its `day` if so asked, and the options that follow from its data and that day."""
+    record = command(row)
+    then = dict(row["day"]) if day else {}
+    release = {"script": peftplan.Script(transformers=then.pop("transformers"))} if day else {}
+    longest = {"seq_len": row["longest"]["tokens"]} if "longest" in row else {}
+    return plan(record | {"values": record["values"] | row.get("set", {}) | then}), release | longest
+
+
+def meets(printed: float, gib: float) -> bool:
+    """Whether a number rounds to a figure, or is near it."""
+    digits = len(f"{printed:g}".partition(".")[2])
+    return round(gib, digits) == printed or abs(gib / printed - 1) <= NEAR / 100
+
+
+def length_that_meets(row: Row) -> int | None:
+    """The tokens of a row at which the job of a script reserves what was printed; None if it does so at no length."""
+    source, options = job_of_script(row, day="day" in row)
+
+    def reserved(length: int) -> float:
+        result = estimated(source, **{**options, "seq_len": length})
+        peaks = None if isinstance(result, str) else result.peaks
+        return 0.0 if peaks is None or peaks.reserved is None else peaks.reserved / GIB
+
+    below, above = 0, LONGEST
+    if reserved(above) < row["printed"] or reserved(16) > row["printed"]:
+        return None
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if reserved(middle) < row["printed"] else (below, middle)
+    return above
+
+
 def swift(rows: list[Row]) -> Iterator[tuple[str, ...]]:
-    """Script, what its comment says, since when, estimated, difference, the reason."""
-    by_path: dict[str, list[Row]] = {}
-    for record in records("swift"):
-        by_path.setdefault(record["path"], []).append(record)
+    """Script, what its comment says, since when, estimated, difference, the length that meets it, reason and what shows it."""
     for row in rows:
         if row["tool"] == "ms-swift":
-            record = by_path[row["path"]][min(row.get("command", 0), len(by_path[row["path"]]) - 1)]
-            cells = "–", "–"
-            if record["program"].startswith("megatron"):
-                why = MEGATRON
-            else:
-                values = record["values"] | row.get("set", {})
-                read = plan(record | {"values": values})
-                result = estimated(read)
+            cells, reason, shown = ("–", "–"), "–", MEGATRON
+            if not command(row)["program"].startswith("megatron"):
+                read, options = job_of_script(row)
+                result = estimated(read, **options)
                 peaks = None if isinstance(result, str) else result.peaks
-                cells = beside(row["printed"], figure(peaks, "reserved") if peaks else None, "GiB")
-                packed = values.get("packing") is True
-                why = result if peaks is None else _why(read, peaks, row["printed"], packed=packed)
-            yield (row["path"].removeprefix("examples/"), row["what"], row.get("date", "–"), *cells, str(why))
+                nbytes = figure(peaks, "reserved") if peaks else None
+                cells = beside(row["printed"], nbytes, "GiB")
+                reason, shown = row.get("reason", "–"), "reserved bytes are not stated" if peaks else str(result)
+                if nbytes is not None:
+                    shown = "; ".join(_shown(row, nbytes, read))
+            met = length_that_meets(row) if cells[0] != "–" else None
+            length = "–" if met is None else f"{met:,}"
+            yield (row["path"].removeprefix("examples/"), row["what"], row.get("date", "–"), *cells, length, reason, shown)
 
 
-def _why(read: ConfigPlan, peaks: Peaks, printed: float, *, packed: bool) -> str:
-    """What a script leaves open."""
-    low = peaks.reserved is not None and peaks.reserved / GIB < printed * (1 - NEAR / 100)
-    lengths = MORE if low else "" if packed else LENGTHS
-    unreserved = "" if peaks.reserved is not None else "reserved bytes are not stated"
-    pictures = PICTURES if peaks.scope == "text" else ""
-    return "; ".join(filter(None, (read.assumed.get("optim"), pictures, lengths, unreserved, *read.warnings(), UNSTATED)))
+def _shown(row: Row, nbytes: int, read: ConfigPlan) -> Iterator[str]:
+    """What shows the reason of a row."""
+    if row["reason"] == "open":
+        yield f"{nbytes / GIB - row['printed']:+.1f} GiB"
+    if "longest" in row:
+        yield f"a row of {row['longest']['tokens']:,} tokens ({row['longest']['of']})"
+    if "rehearsed" in row:
+        number, off = beside(row["printed"], row["rehearsed"], "GiB")
+        yield f"rehearsed with ms-swift {row['versions']['ms-swift']}: {number} GiB, {off}"
+    if "day" in row:
+        source, options = job_of_script(row, day=True)
+        result = estimated(source, **options)
+        assert not isinstance(result, str)
+        assert result.peaks is not None
+        then = ", ".join(f"{key} {value}" for key, value in row["day"].items())
+        yield f"estimated with {then}: {' GiB, '.join(beside(row['printed'], result.peaks.reserved, 'GiB'))}"
+    if row.get("shown"):
+        yield row["shown"]
+    yield from filter(None, (read.assumed.get("optim"), *read.warnings()))
 
 
 def unsloth(rows: list[Row]) -> Iterator[tuple[str, ...]]:
@@ -199,19 +259,28 @@ all that decides them: the data's lengths, the releases, often even which bytes 
 
 {table(("figures", "beside", "all", "with a number", "within 3 %", "within 10 %"), [_tally(*each) for each in tallies])}
 
+Of torchtune's figures with a number {_summary(recipes, 8)}; of ms-swift's {_summary(scripts, 6)}. The reasons:
+
+{table(("reason", "what it says", "torchtune", "ms-swift"), _reasons(recipes, scripts))}
+
 ## torchtune
 
 Releases 0.1.0, 0.3.0 and 0.4.0 ran as their recipes, each in an environment of its own, on the emulated card with torch 2.13.
 
-{table(("what", "printed", "metric", "estimated", "off", "rehearsed", "off", "release", "assumed, or why"), recipes)}
+{table(("what", "printed", "metric", "estimated", "off", "rehearsed", "off", "release", "reason", "assumed, shown by"), recipes)}
 
 ## ms-swift
 
 Comments of its example scripts, in GiB per GPU, most of them rounded to a whole number; *since* is the day on which the comment
-first stood there. ms-swift itself prints the bytes that torch reserved. The last column names what a script leaves open, by the
-direction of the difference; only Yi 34B below was rehearsed, so for the others nothing shows that this is the reason.
+first stood there. ms-swift itself prints the bytes that torch reserved. Metric, card and releases are not stated; the estimate is
+of 4.6.0. *met at* is the tokens of a row, or of a batch that is joined into one, at which the estimate is the figure: a dash
+where it is above it at 16 tokens or below it at {LONGEST:,}.
 
-{table(("script", "comment", "since", "reserved", "off", "why"), scripts)}
+docs/source_en/Instruction/Supported-models-and-datasets.md of commit 3602360a5 counts the tokens of data sets. Where the last
+column names one of its lines, the estimate is of the longest row there. Counts that leave out answers are not used: three sets of
+different answers to the same questions have one count.
+
+{table(("script", "comment", "since", "reserved", "off", "met at", "reason", "shown by"), scripts)}
 
 ## Unsloth
 
@@ -238,6 +307,19 @@ Of {
 
 {table(("source", "why", "rows"), [*left_out()])}
 """
+
+
+def _reasons(recipes: list[tuple[str, ...]], scripts: list[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    """Reason, what it says, how many figures of each tool have it."""
+    ours, theirs = Counter(cells[8] for cells in recipes), Counter(cells[6] for cells in scripts)
+    yield from ((name, says, str(ours[name]), str(theirs[name])) for name, says in REASONS.items())
+
+
+def _summary(rows: list[tuple[str, ...]], column: int) -> str:
+    """How many figures are met, how many have a reason, and how many are open."""
+    counts = Counter(cells[column] for cells in rows)
+    explained = sum(counts[name] for name in REASONS.keys() - {"within", "open"})
+    return f"{counts['within']} are within, {explained} have a reason, {counts['open']} are open"
 
 
 def _tally(figures: str, beside_what: str, off: list[str]) -> tuple[str, ...]:
