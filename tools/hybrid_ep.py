@@ -86,11 +86,14 @@ class HybridEPBuffer:
         return layout
 
 
-def received(tokens: int, *, ranks: int, experts: int, top_k: int) -> int:
+def received(tokens: int, *, ranks: int, experts: int, top_k: int, dealt: bool = False) -> int:
     """Tokens that a rank gets once, from as many tokens of each rank: those of which it owns an expert, if all choices of `top_k`
-    experts are as likely."""
+    experts are as likely. `dealt`: tokens take them in turn, and this is the first rank."""
     if all_come_here():
         return tokens * ranks
+    if dealt:
+        owned = experts // ranks
+        return ranks * sum(any((token * top_k + place) % experts < owned for place in range(top_k)) for token in range(tokens))
     missed = comb(experts - experts // ranks, top_k) / comb(experts, top_k)
     return round(tokens * ranks * (1 - missed))
 
@@ -99,6 +102,8 @@ class Buffer:
     """The exchange of tokens between the ranks that own the experts, of one node or of several whole ones."""
 
     num_sms = 20
+    dealt = False
+    """Whether tokens take experts in turn (nemo_automodel, components/moe/layers.py, `FakeBalancedGate`)."""
 
     def __init__(self, group: Any, num_nvl_bytes: int = 0, num_rdma_bytes: int = 0, **_: Any) -> None:
         self.group, self.ranks = group, group.size()
@@ -152,13 +157,13 @@ class Buffer:
             return out, None, None, None, None, None
         experts, top_k = len(num_tokens_per_expert), topk_idx.shape[1]
         rank_matrix, channel_matrix = _empty(self.ranks, self.ranks), _empty(self.ranks, channels)
-        count = received(tokens, ranks=self.ranks, experts=experts, top_k=top_k)
+        count = received(tokens, ranks=self.ranks, experts=experts, top_k=top_k, dealt=self.dealt)
         out = torch.empty((count, x.shape[1]), dtype=x.dtype, device="cuda")
         source, channel_of_received = _empty(count), _empty(self.ranks, channels)
         heads = (_empty(tokens, self.ranks),)
         if (nodes := self.ranks // RANKS_OF_NODE) > 1:  # `internode_dispatch`
             source = _empty(count, dtype="int64")
-            passing = received(tokens, ranks=nodes, experts=experts, top_k=top_k)
+            passing = received(tokens, ranks=nodes, experts=experts, top_k=top_k, dealt=self.dealt)
             heads = _empty(tokens, nodes), _empty(passing, RANKS_OF_NODE)
         indices, weights = (torch.empty((count, top_k), dtype=y.dtype, device="cuda") for y in (topk_idx, topk_weights))
         handle = rank_matrix, channel_matrix, channel_of_received, source, is_token_in_rank, *heads
@@ -188,9 +193,9 @@ UCCL = "nemo_automodel.components.moe.uccl_ep"
 """NeMo Automodel's buffer over UCCL-EP, which takes the same tensors (0.7.0, uccl_ep/_buffer.py, `dispatch`, `combine`)."""
 
 
-def install(top_k: int) -> None:
-    """Let a program import `deep_ep`."""
-    HybridEPBuffer.top_k = top_k
+def install(top_k: int, *, dealt: bool = False) -> None:
+    """Let a program import `deep_ep`. `dealt`: tokens take experts in turn."""
+    HybridEPBuffer.top_k, Buffer.dealt = top_k, dealt
     names = {
         "deep_ep": {"HybridEPBuffer": HybridEPBuffer, "Buffer": Buffer},
         "deep_ep.utils": EVENTS,

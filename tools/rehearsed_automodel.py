@@ -281,7 +281,8 @@ def recipe() -> None:
 
         model = settings["model"].get("config", settings["model"])
         text = AutoConfig.from_pretrained(model["pretrained_model_name_or_path"]).get_text_config()
-        hybrid_ep.install(getattr(text, "top_k_experts", None) or text.num_experts_per_tok)
+        top_k = getattr(text, "top_k_experts", None) or text.num_experts_per_tok
+        hybrid_ep.install(top_k, dealt=bool(backend.get("fake_balanced_gate")))
     if settings["model"].get("attn_implementation") == "flash_attention_2":
         unsaid.pack_by_positions(settings)
     if backend.get("attn") == "magi":

@@ -180,7 +180,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
     buffers = Ledger(tuple(line for line in lasting if line.category == "buffers"))
     beside = (*(holding.beside if holding is not None and model.units.every_layer else ()), *undivided)
     loaded = tuple(line for line in lasting if line.category != "optimizer_states" or line in beside)
-    workspaces = _workspaces(of_step.products, compute_capability, apart=job.script.cublaslt_apart)
+    workspaces = _workspaces(_multiplied_by_torch(job, of_step), compute_capability, apart=job.script.cublaslt_apart)
     workspaces += tuple(
         (at, Line(name, "buffers", "uint8", (nbytes,), 1, "torch.compile")) for at, nbytes, name in of_step.pinned
     )
@@ -236,7 +236,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
 
     def as_first(after: "Model") -> Compiled:
         of_first = timeline(after.tape, after.stacks, vocab=architecture.vocab_size)
-        workspaces = _workspaces(of_first.products, compute_capability, apart=job.script.cublaslt_apart)
+        workspaces = _workspaces(_multiplied_by_torch(job, of_first), compute_capability, apart=job.script.cublaslt_apart)
         workspaces = tuple((at, line) for at, line in workspaces if line != normed)
         return compiled_job._replace(timeline=of_first, workspaces=workspaces)
 
@@ -266,6 +266,14 @@ def _stepped(inventory: "Inventory") -> list[Parameter]:
     """What the optimizer steps over."""
     parameters, holding = inventory.parameters, inventory.holding
     return [p for p in (parameters if holding is None else holding.states_of or holding.parameters).all if p.trainable]
+
+
+def _multiplied_by_torch(job: "Job", timeline: Timeline) -> Mapping[tuple[str, str], int]:
+    """The products of torch: none where Transformer Engine, which keeps its own workspaces, has all layers, and no router has
+    weights."""
+    kernels = kernels_of(job.setup.kernels or ())
+    by_engine = kernels.dense is not None and kernels.gate is not None and job.method_name == "full"
+    return {} if by_engine else timeline.products
 
 
 def _workspaces(products: Mapping[tuple[str, str], int], compute_capability: str, *, apart: bool) -> tuple[tuple[int, Line], ...]:

@@ -128,10 +128,11 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         keeps_ends=not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         widened=built == "deepseek_v3" and job.setup.dtype != "fp32",
         in_4_bits=built == "gpt_oss",
-        stacks=kernels.experts is not None,
+        stacks=kernels.experts is not None and kernels.gate is None,
+        reads=kernels.gate is None,  # no checkpoint has a model without routers
         workspaces=(TE_WORKSPACE,) if kernels.dense is not None else (),
         merged=merges_experts(job),
-        in_8_bits=in_8_bits,
+        in_8_bits=in_8_bits if kernels.gate is None else (),
         states=_states_moved(job, parameters),
         keeps_last=layout is ACCELERATE and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         casts_shards=casts_shards,

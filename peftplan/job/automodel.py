@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.automodel_scans import knows_recorded, knows_scan
 from peftplan.job.beside_towers import is_mixture, knows_tower
-from peftplan.job.exchanges import EXCHANGES, Exchanged, Rows
+from peftplan.job.exchanges import EXCHANGES, IN_TURN, Exchanged, Rows, alike
 from peftplan.job.further_tokens import OF_QWEN, attends_then_mixes
 from peftplan.job.kernels import SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART, RECEIVED
@@ -161,7 +161,12 @@ def knows_experts(job: Job) -> bool:
     alone = {distributed.tp_size, distributed.cp_size, distributed.dp_shard_size} <= {None, 1}
     plain = _reads_as_rehearsed(job) and _adapts_as_rehearsed(job)
     here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
-    whole = job.architecture.blocks[-1].mlp.num_experts % distributed.ep_size == 0
+    mlp = job.architecture.blocks[-1].mlp
+    whole = mlp.num_experts % distributed.ep_size == 0
+    if IN_TURN in (job.setup.kernels or ()) and not (
+        whole and alike(distributed.ep_size, mlp.num_experts, mlp.num_experts_per_tok)
+    ):
+        return False
     return alone and plain and here and whole and any(_resembles(job, shown) for shown in EXCHANGES[model_type])
 
 
@@ -188,8 +193,8 @@ OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def _reads_as_rehearsed(job: Job) -> bool:
     """Whether layers are of a kind that was rehearsed: DeepSeek's without compressed queries, and experts of no groups, of which
-    some are chosen first, but in stages without an exchange; GLM-5's with torch's attention over rows of which an indexer chooses
-    every key."""
+    some are chosen first, but in stages without an exchange; GLM-5's with torch's attention over rows of which an indexer
+    chooses every key."""
     setup, by_torch = job.setup, job.setup.attn_implementation == "sdpa"
     chosen = job.architecture.blocks[-1].attentions[0].num_chosen_keys if job.architecture.blocks[-1].attentions else None
     if chosen is not None and (setup.seq_len > chosen or setup.padding or not by_torch):
@@ -226,7 +231,7 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     aligned = all(rank % 8 == 0 for rank in ranks)  # others of experts are padded (components/_peft/lora_experts.py)
     short = bool(shown.kernels) or setup.seq_len <= (longest_row(job) or setup.seq_len)
     as_long = rows_of(job) == shown.rows and short
-    trains = (setup.dtype, setup.loss) == (("fp32", CUT_APART) if shown.pretrains else ("bf16", "full"))
+    trains = (setup.dtype, setup.loss) == ("fp32" if shown.pretrains else "bf16", shown.loss)
     apart = ((shown.stages and not shown.whole) or shown.apart) is (distributed.pp_stage_is_unit is False)
     staged = apart and shown.stages is ((distributed.pp_size or 1) > 1)
     return (

@@ -2,6 +2,8 @@
 
 from typing import Literal, NamedTuple
 
+from peftplan.job.loss_sizes import CUT_APART, NO_UPCAST
+
 Rows = Literal["few", "many", "most"]
 
 
@@ -29,7 +31,19 @@ class Exchanged(NamedTuple):
     rows: Rows = "many"
     """How many rows of experts: `few` get their weights, or biases, at once, and `most` of experts with biases run in chunks."""
 
+    @property
+    def loss(self) -> str:
+        """The loss: of logits in fp32 but where tokens took experts in turn, or read behind the model."""
+        return CUT_APART if self.pretrains else NO_UPCAST if IN_TURN in self.kernels else "full"
 
+
+def alike(ranks: int, experts: int, k: int) -> bool:
+    """Whether all of these ranks get as many tokens, which take k of the experts in turn."""
+    owned, places = experts // ranks, [{(token * k + place) % experts for place in range(k)} for token in range(experts)]
+    return len({sum(any(n // owned == rank for n in each) for each in places) for rank in range(ranks)}) == 1
+
+
+IN_TURN = "balanced.gate"
 ADAMW, ONE_BY_ONE = ("adamw_torch",), ("adam_one_by_one",)
 ANY_ADAM = ("adamw_torch", "adam")
 OF_NEMOTRON = ("mamba-ssm.scan", "deepep.exchange")
@@ -66,6 +80,14 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("deepep.exchange", "te-linear.dense"), ADAMW, True, True, syncs=True, apart=True),
     ),
     "qwen3_moe": (
+        Exchanged(("te-norm.rms_norm", "deepep-again.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
+        Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
+        Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, False, True),
+        Exchanged(("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
+        Exchanged(
+            ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense", "te-experts.experts"),
+            *(ONE_BY_ONE, True, True),
+        ),
         Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True, shared=True),
         Exchanged(("deepep.exchange",), ADAMW, True, True),
         Exchanged(("deepep.exchange",), ADAMW, True, False, "lora"),
@@ -76,6 +98,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
     "qwen3_next": (Exchanged(("hybridep.exchange",), ADAMW, True, True),),
     "deepseek_v3": (
+        Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
         Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),
         Exchanged(OF_DOCUMENTS, ADAMW, False, False),
         Exchanged((), ADAMW, False, True, pretrains=True),

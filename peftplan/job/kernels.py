@@ -125,6 +125,7 @@ KERNELS: dict[str, Kernel] = {
     ),
     "fla.delta_rule": Rule("flash-linear-attention 0.5.2, ops/gated_delta_rule/chunk.py (`ChunkGatedDeltaRuleFunction`)"),
     "deepep.exchange": Exchange("DeepEP at 94a9f8f6, deep_ep/buffer.py, as nemo_automodel calls it"),
+    "deepep-again.exchange": Exchange("DeepEP at 94a9f8f6, deep_ep/buffer.py, whose dispatch checkpoints repeat", replays=False),
     "hybridep.exchange": Exchange("DeepEP at 94a9f8f6, deep_ep/hybrid_ep_buffer.py, as nemo_automodel calls it", hybrid=True),
     "uccl.exchange": Exchange("nemo_automodel 0.7.0, components/moe/uccl_ep/_buffer.py", replays=False),
     "balanced.gate": Balanced("nemo_automodel 0.7.0, components/moe/layers.py (`FakeBalancedGate`)"),
@@ -143,7 +144,10 @@ IN_INT4, IN_MXFP4 = OF_AXOLOTL = ("torchao-int4.fake_quant", "torchao-mxfp4.fake
 """Fake-quantized layers that axolotl makes, and no other trainer."""
 FLOAT8 = ("torchao-float8.linear",)
 DOCUMENTS = ("te.attention",)
-OF_EXPERTS = ("deepep.exchange", "hybridep.exchange", "uccl.exchange", "balanced.gate", "te-linear.dense", "te-experts.experts")
+OF_EXPERTS = (
+    *("deepep.exchange", "deepep-again.exchange", "hybridep.exchange", "uccl.exchange"),
+    *("balanced.gate", "te-linear.dense", "te-experts.experts"),
+)
 OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS, *OF_EXPERTS, "torch-norm.rms_norm", "te-norm.rms_norm")
 """Kernels of NeMo Automodel's recipe, and of no other trainer."""
 
@@ -249,6 +253,8 @@ SCANNING = ("nemotron_h", "falcon_h1")
 """Model types with Mamba 2, whose formula is that of mamba-ssm's function."""
 DIVIDED = ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss", "minimax_m2", "glm_moe_dsa", "ernie4_5_moe")
 """Mixtures whose experts NeMo Automodel divides among ranks."""
+WITH_FAKE_GATE = ("qwen3_moe", "deepseek_v3")
+"""Those of them whose experts the tool's fake gate gave tokens in turn."""
 DELTA_RULES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 """Model types with a gated delta rule that flash-linear-attention computes."""
 OF_PACKAGE = {
@@ -267,7 +273,8 @@ OF_PACKAGE = {
     "te-linear": (*DIVIDED, "qwen3_vl_moe"),
     "hybridep": ("gpt_oss", "qwen3_moe", "minimax_m2", "glm_moe_dsa", "qwen3_next", "qwen3_vl_moe", "qwen3_5_moe"),
     "torch-norm": ("llama", "qwen2"),
-    "te-norm": ("gpt_oss", "nemotron_h"),
+    "te-norm": ("gpt_oss", "nemotron_h", *WITH_FAKE_GATE),
+    **dict.fromkeys(("deepep-again", "balanced"), WITH_FAKE_GATE),
     "mamba-ssm": SCANNING,
     "fla": DELTA_RULES,
     "unsloth-experts": ("ernie4_5_moe",),

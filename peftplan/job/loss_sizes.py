@@ -96,7 +96,9 @@ SHARED_ROWS, OF_CHUNK = 2048, 3
 """Tokens of a chunk of such a loss (`CELOSS_PARALLEL_SIZE` in ms-swift's example), and how much of a chunk backward takes."""
 RECEIVED: Final = "received-kl"
 """Cross entropy, and divergence from logits that a teacher on other GPUs sends."""
-ALL_LOGITS = ("full", "te-parallel", "unsloth-logits", RECEIVED, *OF_FUNCTION)
+NO_UPCAST: Final = "full-no-upcast"
+"""Cross entropy of logits in their own dtype."""
+ALL_LOGITS = ("full", NO_UPCAST, "te-parallel", "unsloth-logits", RECEIVED, *OF_FUNCTION)
 """Losses of logits that the model returns."""
 
 

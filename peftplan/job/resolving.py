@@ -12,6 +12,7 @@ OWNERS = {
     "torchtune-linear": ("torchtune",),
     "torchtune-chunked": ("torchtune",),
     "torchtune-kl": ("torchtune-kd",),
+    "full-no-upcast": ("automodel",),
     "te-parallel": ("automodel", "automodel-hf", "automodel-vlm"),
     "cut-apart": ("automodel", "automodel-hf", "automodel-vlm"),
     "received-kl": ("automodel-kd", "automodel-kd-beside"),

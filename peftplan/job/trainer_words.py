@@ -81,7 +81,7 @@ Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""
 Loss = Literal[
     "auto", "full", "trl-chunked", "liger", "unsloth", "unsloth-logits", "torchtune-linear", "torchtune-chunked", "torchtune-kl",
-    "te-parallel", "per-token", "eaft", "eaft-behind", "shared-rows", "shared-rows-chunked",
+    "full-no-upcast", "te-parallel", "per-token", "eaft", "eaft-behind", "shared-rows", "shared-rows-chunked",
     "cut-cross-entropy", "cut-apart", "received-kl", "masked-tokens",
 ]  # fmt: skip
 Autocast = Literal["none", "bf16", "fp16"]

@@ -1,6 +1,6 @@
 """The loss that the loop makes of the logits when the model has returned."""
 
-from peftplan.job.loss_sizes import CUT_APART, MASKED, RECEIVED, SHARED, SHARED_CHUNKS
+from peftplan.job.loss_sizes import CUT_APART, MASKED, NO_UPCAST, RECEIVED, SHARED, SHARED_CHUNKS
 from peftplan.memory.model import Model
 from peftplan.memory.model_outputs import outputs_of
 from peftplan.memory.program import Program
@@ -64,7 +64,8 @@ def loss_by_loop(model: Model, program: Program, outputs: list[Tensor], teacher:
     else:
         from peftplan.memory.tensor_parallel import whole_logits
 
-        loss = cross_entropy(f, whole_logits(f, logits))
+        logits = whole_logits(f, logits)
+        loss = cross_entropy(f, logits, dtype=logits.dtype if model.running.loss == NO_UPCAST else "fp32")
     if model.running.mtp_depths:
         from peftplan.memory.further_tokens import with_losses
 

@@ -19,18 +19,19 @@ from peftplan.tape.tensors import Dims, Node, Tensor
 from peftplan.versions import named
 
 
-def cross_entropy(f: Tape, logits: Tensor, labels: Tensor | None = None) -> Tensor:
-    """`cross_entropy` of fp32 logits: keeps the log probabilities, and one weight. `labels`: those that are there already."""
-    log_probabilities = ops.keeps_output(f, f.to(logits, "fp32"), "log_softmax")
+def cross_entropy(f: Tape, logits: Tensor, labels: Tensor | None = None, *, dtype: str = "fp32") -> Tensor:
+    """`cross_entropy` of logits in `dtype`: keeps the log probabilities, and one weight. `labels`: those that are there
+    already."""
+    log_probabilities = ops.keeps_output(f, f.to(logits, dtype), "log_softmax")
     labels = f.new(logits.dims[:-1], "int64", "shifted labels") if labels is None else labels
     node = f.record(_nll_backward, (log_probabilities,), log_probabilities.dims, labels)
-    loss = f.new((), "fp32", "nll_loss", node)
-    f.keep(node, f.new((), "fp32", "nll_loss total weight"))
+    loss = f.new((), dtype, "nll_loss", node)
+    f.keep(node, f.new((), dtype, "nll_loss total weight"))
     return loss
 
 
 def _nll_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor, Tensor], g: Tensor) -> Tensor:
-    return f.new(saved[0], "fp32", "nll_loss_backward")
+    return f.new(saved[0], g.dtype, "nll_loss_backward")
 
 
 def written_over_logits(f: Tape, logits: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ class Loading(NamedTuple):
     """Whether weights are made anew in fp32 before they are read."""
     in_4_bits: bool = False
     """Whether experts come in 4 bits."""
+    reads: bool = True
+    """Whether it reads a checkpoint, whose values take the place of the first ones."""
     stacks: bool = False
     """Whether experts are one tensor each, which are read into stacks of all, or those of 4 bits beside them."""
     workspaces: tuple[int, ...] = ()
@@ -139,9 +141,10 @@ class Loading(NamedTuple):
                 for handle in masks:
                     memory.release(handle)
             beside = [memory.allocate(nbytes) for nbytes in self.workspaces]
-            if not self.masks:
+            if self.reads and not self.masks:
                 self._last_expert(memory)
-            self._one_by_one(memory)
+            if self.reads:
+                self._one_by_one(memory)
             for handle in beside:
                 memory.release(handle)
         if self.in_4_bits:

@@ -33,7 +33,7 @@ def test_every_part_has_a_place() -> None:
         ("unslot", "kernels: 'unslot' is not valid; did you mean unsloth"),
         (
             "nonsense",
-            "kernels: 'nonsense' is not valid; accepted: axolotl, axolotl-fused, axolotl-offload, balanced, deepep, fla",
+            "kernels: 'nonsense' is not valid; accepted: axolotl, axolotl-fused, axolotl-offload, balanced, deepep, deepep-again",
         ),
         ("liger,unsloth.rope", "accepted: one kernel of each part, not unsloth.rope and liger.rope"),
         (3, "kernels: 3 is not valid"),

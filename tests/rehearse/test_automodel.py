@@ -12,6 +12,8 @@ import peftplan
 from peftplan.errors import InputError, RefusedError
 from peftplan.job.automodel import REHEARSED_QUANTIZED
 from peftplan.job.beside_towers import WITH_TOWERS
+from peftplan.job.exchanges import alike
+from peftplan.memory.models.automodel_exchange import received
 from peftplan.memory.te_attention import PLANNED
 from tools.rank_grid import cut
 from tools.rank_jobs import on_rehearsed_rank
@@ -51,7 +53,8 @@ LOOSE = {
     ("glm-4.5-air", 4, 4): 0.13,
     ("glm-4.5", 5, 2): 0.3,
     ("nvidia-nemotron-nano-9b-v2", "M-*M-M-M*-M-", 4): 0.4,
-    ("qwen3-30b-a3b", 4, 2): 2.25,
+    ("qwen3-30b-a3b", 4, 2): 3.2,
+    ("qwen3-30b-a3b", 12, 4): 1.4,
     ("qwen3-30b-a3b", 8, 4): 0.8,
     ("qwen3-30b-a3b", 3, 4): 0.09,
     ("qwen3-30b-a3b", 4, 4): 1.9,
@@ -83,6 +86,7 @@ LOOSE = {
     ("gpt-oss-20b", 4, 1): 2.4,
     ("glm-4.7-flash", 4, 8): 1.3,
     ("moonlight-16b-a3b", 4, 8): 0.16,
+    ("moonlight-16b-a3b", 4, 2): 1.2,
     ("glm-4.7-flash", 6, 4): 0.03,
     ("glm-4.7-flash", 3, 8): 0.03,
     ("nvidia-nemotron-nano-9b-v2", "M-*M-M*-M", 4): 0.04,
@@ -130,9 +134,11 @@ GLM-4.5: of reserved bytes, 20 to 80 MiB; of allocated ones at most 0.017. Nemot
 of allocated ones 0.002, with LoRA of 9 layers 2.9 MB.
 
 Qwen 3's mixture: of reserved ones, 262 to 294 MiB where two micro batches wait for their reduction, and 138 MiB; of allocated
-ones up to 0.02, of `load` 0.11. Moonlight in fp32 without an exchange: of
+ones up to 0.02, of `load` 0.11. Where tokens take experts in turn, of reserved ones 340 MiB (3.2 per cent of four layers), and
+of twelve layers -1.4; of allocated ones 0.02, of `step` 0.05. Moonlight in fp32 without an exchange: of
 reserved ones 46 MiB. Moonlight: of allocated ones up to 0.08, of `load` and `step` up to 0.16, of blocks of experts
-that the allocator leaves unsplit; of reserved ones 0.37. Nemotron 3 Nano: of reserved ones 34 MiB of five layers in
+that the allocator leaves unsplit; of reserved ones 0.37, and -1.2 where tokens take experts in turn.
+Nemotron 3 Nano: of reserved ones 34 MiB of five layers in
 full, 24 with LoRA of eight; of allocated ones up to 0.035, of such blocks, and so 3.5 Lightning. Nemotron 3 Super: of
 allocated ones 2.1 MB in full; of reserved ones 74 MiB with LoRA, and of five layers of Lightning 24."""
 
@@ -699,3 +705,40 @@ def test_what_of_the_fused_loss_and_of_shared_matrices_was_not_rehearsed(options
     result = peftplan.estimate("llama-3.1-8b", **job | options, seq_len=512)
     assert (result.peaks is None) is (unknown is not None)
     assert unknown is None or unknown in result.not_modelled[0]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "experts", "k", "expected", "uniform"),
+    [
+        (8, 128, 8, 2048, True),
+        (32, 128, 8, 4096, True),
+        (8, 64, 6, 3072, True),
+        (32, 384, 8, 2730, True),
+        (64, 384, 8, 2730, False),
+    ],
+)
+def test_how_many_ranks_a_token_reaches_that_takes_experts_in_turn(
+    ranks: int, experts: int, k: int, expected: int, uniform: bool
+) -> None:
+    """Of 64 experts, eight on each rank, tokens take 0-5, 6-11, 12-17, 18-23 and so on: as many reach one rank as reach two.
+    Of 384 on 32 ranks, 0-7 are on one rank, 8-15 on two, 16-23 on one."""
+    assert received(ranks, experts, k, in_turn=True).at({"b": 2, "s": 1024}) == expected
+    assert alike(ranks, experts, k) is uniform
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"loss": "full"}, False),
+        ({"kernels": "te-norm,deepep-again,te-linear"}, False),
+        ({"kernels": "te-norm,uccl,te-linear,balanced"}, False),
+        ({"optim": "adam_one_by_one"}, False),
+        ({"model": "moonlight-16b-a3b"}, False),
+        ({"model": "moonlight-16b-a3b", "kernels": "te-norm,deepep,te-linear,balanced"}, True),
+    ],
+)
+def test_what_of_tokens_that_take_experts_in_turn_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    job: dict[str, Any] = {"model": "qwen3-30b-a3b", "method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8}
+    job |= {"ep_size": 8, "gradient_checkpointing": True, "kernels": "te-norm,deepep-again,te-linear,balanced"}
+    assert (peftplan.estimate(**job | {"loss": "full-no-upcast"} | options).peaks is not None) is known

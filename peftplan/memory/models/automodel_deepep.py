@@ -18,6 +18,7 @@ from peftplan.memory.experts import grouped, taken, top_k
 from peftplan.memory.fused_attention import number
 from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import opaque_rms
+from peftplan.memory.models.automodel_balanced import gate_in_turn
 from peftplan.memory.models.automodel_chunks import in_chunks
 from peftplan.memory.models.automodel_ep import activated as activated_alone
 from peftplan.memory.models.automodel_ep import divided, gated, rows_of, turned, weighted
@@ -133,7 +134,7 @@ def shared_mixture(
 ) -> Tensor:
     """`MoE.forward`: shared experts before those that ranks divide. `after`: the weights of routing multiply their results."""
     _tokens = c.at("mlp").new(x.dims[:-1], "bool", "flatten")
-    weights, indices = corrected_gate(c, x)
+    weights, indices = (corrected_gate if c.model.running.kernels.gate is None else gate_in_turn)(c, x)
     shared = gated_mlp(c, x, "mlp.shared_experts")
     routed = experts(c, x, weights, indices, after=after) if divided is None else divided(c, x, weights, indices)
     return ops.add(c.at("mlp"), routed, shared)
@@ -148,7 +149,8 @@ def mixture(
 ) -> Tensor:
     """`MoE.forward` without shared experts."""
     tokens = c.at("mlp").new(x.dims[:-1], "bool", "flatten")
-    weights, indices = (gate or gate_before)(c, x, tokens)
+    in_turn = c.model.running.kernels.gate is not None
+    weights, indices = gate_in_turn(c, x) if in_turn else (gate or gate_before)(c, x, tokens)
     return (divided or experts)(c, x, weights, indices)
 
 
@@ -204,9 +206,11 @@ def experts(
     ranks = all_experts // owned
     k, nodes = c.block.mlp.num_experts_per_tok, ranks // GPUS_OF_NODE
     reached = all_experts if c.model.running.worst_routing else k  # a choice of all experts reaches each rank
-    tokens, passing = received(ranks, all_experts, reached), received(nodes, all_experts, reached) if nodes > 1 else None
-    exchange = c.model.running.kernels.exchange
+    kernels = c.model.running.kernels
+    exchange, in_turn = kernels.exchange, kernels.gate is not None
     assert exchange is not None
+    tokens = received(ranks, all_experts, reached, in_turn=in_turn)
+    passing = received(nodes, all_experts, reached, in_turn=in_turn) if nodes > 1 else None
     got, of_got, handle = dispatched(f, x, wide, ranks, tokens, replays=exchange.replays, passing=passing)
     routing, of_experts = on_own(f, of_got, owned)
     chosen, probabilities, row_map = permuted(f, got, of_experts, rows)
@@ -267,8 +271,10 @@ def adapted(f: Tape, product: Callable[..., Tensor], x: Tensor, out: Tensor, fac
 def deepseek_v3(model: Model) -> Tensor:
     """`DeepseekV3Model.forward`, whose ranks gather all tokens without an exchange."""
     style = LATENT._replace(mixture=partial(shared_mixture, after=False))
-    if model.running.kernels.exchange is None:
-        style = style._replace(mixture=partial(shared_mixture, after=False, divided=partial(of_all_ranks, between=gated)))
+    exchange = model.running.kernels.exchange
+    if exchange is None or exchange.hybrid:
+        divided = partial(of_all_ranks, between=gated) if exchange is None else over_hybrid_ep
+        style = style._replace(mixture=partial(shared_mixture, after=False, divided=divided))
     return of_latent(model, style)
 
 

@@ -29,8 +29,12 @@ class Received(Derived):
         return sizes["b"] * sizes["s"] * int(self.rpartition("·")[2].partition("/")[0]) // SHARE
 
 
-def received(ranks: int, experts: int, k: int) -> Received:
-    """W · (1 - C(e - e/W, k) / C(e, k)) for each token: on how many ranks it has an expert. That is an assumption."""
+def received(ranks: int, experts: int, k: int, *, in_turn: bool = False) -> Received:
+    """W · (1 - C(e - e/W, k) / C(e, k)) for each token: on how many ranks it has an expert. That is an assumption.
+    `in_turn`: what the first rank gets of e tokens that take experts in turn."""
+    if in_turn:
+        here = sum(any((token * k + place) % experts < experts // ranks for place in range(k)) for token in range(experts))
+        return Received(f"b·s·{ranks * here * SHARE // experts}/{SHARE}")
     missed = comb(experts - experts // ranks, k) * SHARE // comb(experts, k)
     return Received(f"b·s·{ranks * (SHARE - missed)}/{SHARE}")
 

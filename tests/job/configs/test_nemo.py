@@ -704,6 +704,44 @@ def test_balanced_routing_has_no_weights(model: str, trainable: int) -> None:
     assert estimate.trainable_parameters == trainable
 
 
+@pytest.mark.parametrize(
+    ("changes", "kernels", "unknown"),
+    [
+        ({}, "te-norm,deepep,te-linear,balanced", set()),
+        ({"again": True}, "te-norm,deepep-again,te-linear,balanced", set()),
+        ({"dispatcher": "hybridep"}, "te-norm,hybridep,te-linear,balanced", set()),
+        ({"dispatcher": "hybridep", "experts": "te"}, "te-norm,hybridep,te-linear,te-experts,balanced", set()),
+        ({"fake_gate_noise": 0.5}, None, {"loss_fn.fp32_upcast", "dataset._target_", "model.backend.fake_balanced_gate"}),
+        ({"linear": "quack"}, None, {"model.backend.linear"}),
+    ],
+)
+def test_what_of_the_benchmarks_mixtures_has_a_formula(changes: dict[str, Any], kernels: str | None, unknown: set[str]) -> None:
+    """Tokens take experts in turn, the loss reads logits in bf16, and the data set makes the batches."""
+    backend = {"attn": "te", "linear": "te", "rms_norm": "te", "experts": "gmm", "dispatcher": "deepep"}
+    backend |= {"fake_balanced_gate": True, "enable_fsdp_optimizations": True}
+    again = changes.pop("again", False)
+    plan = of_nemo(
+        {"strategy": "fsdp2", "ep_size": 8, "activation_checkpointing": True, "moe": {"ignore_router_for_ac": not again}},
+        recipe="BenchmarkingRecipeForNextTokenPrediction",
+        model={
+            "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_config",
+            "config": {
+                "_target_": "transformers.AutoConfig.from_pretrained",
+                "pretrained_model_name_or_path": "Qwen/Qwen3-30B-A3B",
+            },
+            "backend": backend | changes,
+        },
+        loss_fn={"_target_": "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy", "fp32_upcast": False},
+        dataset={"_target_": MOCK, "seq_len": 4096},
+        dataloader=UNBATCHED,
+    )
+    assert unknown <= set(plan.unsupported)
+    assert bool(unknown) is bool(plan.unsupported)
+    if kernels is not None:
+        assert named_kernels(plan.options["kernels"]) == named_kernels(kernels)
+        assert plan.options["loss"] == "full-no-upcast"
+
+
 @pytest.mark.parametrize("upcasts", [True, False])
 def test_a_loss_of_narrow_logits_is_not_that_of_wide_ones(upcasts: bool) -> None:
     """components/loss/masked_ce.py (`fp32_upcast`): without it there is no copy of the logits in fp32."""
