@@ -49,6 +49,32 @@ def test_scores_of_all_heads_are_made(
     assert peaks.reserved == pytest.approx(reserved, rel=0.03)
 
 
+OF_SFT: list[tuple[str, str, int, tuple[int, int, int], dict[str, Any], tuple[int, ...]]] = [
+    ("qwen2.5-14b", "qwen2", 3, (2, 2048, 2), {}, (4_350_550_016, 4_777_601_536, 3_701_481_472)),
+    ("qwen2.5-14b", "qwen2", 3, (2, 1500, 2), {}, (4_192_252_928, 4_467_470_848, 3_678_983_168)),
+]
+"""Model, its type and layers; batch size, length and micro batches; other options; peaks of phases in the second step of
+Unsloth's SFTTrainer with a collator on an emulated A100, beside transformers 4.56.2 and trl 0.22.2; other releases as above."""
+
+
+@pytest.mark.parametrize(("model", "model_type", "layers", "sizes", "options", "by_phase"), OF_SFT)
+def test_padded_rows_of_a_decoder_run_its_record(
+    model: str,
+    model_type: str,
+    layers: int,
+    sizes: tuple[int, int, int],
+    options: dict[str, Any],
+    by_phase: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = [{**row, "model": model_type} for row in ROWS if row["model"] == model and not row.get("scheme")]
+    monkeypatch.setattr(compiled_layers, "load", lambda *_: rows)
+    of_job = dict(zip(("batch_size", "seq_len", "gradient_accumulation_steps"), sizes, strict=True))
+    peaks = estimate(shallow(model, layers), **{**QLORA, **of_job, **options}).peaks
+    assert peaks is not None
+    assert [peaks.by_phase[phase] for phase in ("forward", "backward", "step")] == pytest.approx(by_phase, rel=0.0001)
+
+
 DPO = {**QLORA, "trainer": "trl-dpo", "r": 64}
 OF_DPO = [
     (6, (2, 1024, 4), 512, (2_600_599_040, 2_609_418_752, 1_616_644_096), None),
