@@ -10,6 +10,7 @@ from peftplan.distributed.pipeline import INTERLEAVED
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, WHOLE_TABLES, ranks_of
 from peftplan.job.automodel import builds, knows_experts
 from peftplan.job.kernels import kernels_of
+from peftplan.job.loss_sizes import NO_UPCAST
 
 if TYPE_CHECKING:
     from peftplan.distributed.strategy import Distributed
@@ -68,7 +69,7 @@ def knows_pipeline(job: Job, distributed: Distributed) -> bool:
         and not any(a.window for block in job.architecture.blocks for a in block.attentions)
         and (of_experts or not (apart or distributed.sync_each_batch or (distributed.ep_size or 1) > 1))
         and distributed.reshard_after_forward is None
-        and job.setup.loss == "full"
+        and (job.setup.loss == "full" or (of_experts and job.setup.loss == NO_UPCAST))
         and (job.method_name in ("full", "lora") or distributed.pp_schedule == INTERLEAVED)
         and (job.method_name != "lora" or _adapts_each_layer(job))
     )

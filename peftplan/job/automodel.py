@@ -201,6 +201,7 @@ def _reads_as_rehearsed(job: Job) -> bool:
         return False
     router = job.architecture.blocks[-1].mlp.router
     grouped = job.architecture.model_type in ("deepseek_v3", "glm_moe_dsa") and router.groups > 1
+    grouped = grouped and IN_TURN not in (setup.kernels or ())
     compressed = grouped and (bool(setup.kernels) or not by_torch or not _in_stages(job))
     return not compressed
 

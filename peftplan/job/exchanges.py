@@ -80,6 +80,10 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("deepep.exchange", "te-linear.dense"), ADAMW, True, True, syncs=True, apart=True),
     ),
     "qwen3_moe": (
+        Exchanged(
+            ("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True, shared=True, stages=True
+        ),
+        Exchanged(("torch-norm.rms_norm", IN_TURN), ADAMW, True, True),
         Exchanged(("te-norm.rms_norm", "deepep-again.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
         Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
         Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, False, True),
@@ -98,6 +102,11 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
     "qwen3_next": (Exchanged(("hybridep.exchange",), ADAMW, True, True),),
     "deepseek_v3": (
+        Exchanged(
+            ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True, shared=True, stages=True
+        ),
+        Exchanged(("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
+        Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ONE_BY_ONE, False, True),
         Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
         Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),
         Exchanged(OF_DOCUMENTS, ADAMW, False, False),

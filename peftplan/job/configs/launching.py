@@ -21,6 +21,8 @@ from peftplan.job.launch import accelerate
 from peftplan.job.launch.content import content
 
 ASSUMED_GPUS = 8
+OF_CLUSTER = {"gb200": 4}
+"""Cluster of NeMo Automodel's tests → GPUs of a machine."""
 """Processes of a job whose file shards it and does not say over how many."""
 DIVIDED = {
     "tensor_parallel_size": "tensor parallelism", "context_parallel_size": "context parallelism",
@@ -190,8 +192,14 @@ def _processes(result: Launched, tool: str, launch: Mapping[str, object], enviro
         count = visible.count(",") + 1
     if re.fullmatch("[1-9][0-9]{0,5}", str(owners := launch.get("distributed.ep_size"))) and int(str(owners)) > 1:
         result.options["ep_size"] = int(str(owners))
-        if count is None and nodes is None and int(str(owners)) > ASSUMED_GPUS:
-            nodes, tested = -(-int(str(owners)) // ASSUMED_GPUS), launch.get("ci.nodes")
+        of_machine = OF_CLUSTER.get(cluster := str(launch.get("ci.cluster_tag")), ASSUMED_GPUS)
+        if count is None and nodes is None and int(str(owners)) > of_machine:
+            if cluster in OF_CLUSTER:
+                count, result.assumed["gpus"] = (
+                    of_machine,
+                    f"the launcher takes all GPUs of a machine; {of_machine}, as {cluster} has",
+                )
+            nodes, tested = -(-int(str(owners)) // of_machine), launch.get("ci.nodes")
             nodes = nodes if tested is None else tested
             result.assumed["nodes"] = f"the launcher decides; {nodes}, " + (
                 "which own the experts once" if tested is None else "as in the tests of NeMo Automodel"

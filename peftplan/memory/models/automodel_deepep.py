@@ -21,6 +21,7 @@ from peftplan.memory.models.automodel import opaque_rms
 from peftplan.memory.models.automodel_balanced import gate_in_turn
 from peftplan.memory.models.automodel_chunks import in_chunks
 from peftplan.memory.models.automodel_ep import activated as activated_alone
+from peftplan.memory.models.automodel_ep import attention as attention_of_torch
 from peftplan.memory.models.automodel_ep import divided, gated, rows_of, turned, weighted
 from peftplan.memory.models.automodel_ep import gate as corrected_gate
 from peftplan.memory.models.automodel_exchange import GPUS_OF_NODE, combined, dispatched, on_own, permuted, received, unpermuted
@@ -73,8 +74,10 @@ def gpt_oss(model: Model) -> Tensor:
 def qwen3_moe(model: Model) -> Tensor:
     """`Qwen3MoeModel.forward`."""
     exchange = model.running.kernels.exchange
-    hybrid = exchange is not None and exchange.hybrid
-    return of_heads(model, HEADS._replace(mixture=partial(mixture, divided=over_hybrid_ep)) if hybrid else HEADS)
+    if exchange is None:
+        gathers = partial(mixture, divided=partial(of_all_ranks, between=gated))
+        return of_heads(model, HEADS._replace(attention=attention_of_torch, mixture=gathers, by_head=True))
+    return of_heads(model, HEADS._replace(mixture=partial(mixture, divided=over_hybrid_ep)) if exchange.hybrid else HEADS)
 
 
 def minimax_m2(model: Model) -> Tensor:

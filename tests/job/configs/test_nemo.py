@@ -85,18 +85,20 @@ def test_nemo_runs_gpt_oss_with_flex_attention() -> None:
 @pytest.mark.parametrize(
     ("dispatcher", "ci", "nodes", "unsupported"),
     [
-        ("hybridep", {"nodes": 8}, 8, set()),
-        ("hybridep", {"time": "1"}, 4, set()),
-        ("deepep", {"time": "1"}, 4, {"model", "model.backend.dispatcher"}),
+        ("hybridep", {"nodes": 8}, (8, 8), set()),
+        ("hybridep", {"time": "1"}, (8, 4), set()),
+        ("hybridep", {"nodes": 8, "cluster_tag": "gb200"}, (4, 8), set()),
+        ("hybridep", {"nodes": 4, "cluster_tag": "h100"}, (8, 4), set()),
+        ("deepep", {"time": "1"}, (8, 4), {"model", "model.backend.dispatcher"}),
     ],
 )
-def test_nemo_divides_experts(dispatcher: str, ci: dict[str, object], nodes: int, unsupported: set[str]) -> None:
-    """32 ranks of 8 for each node own the experts once. Tokens are sorted for DeepEP by Transformer Engine (0.7.0,
-    components/moe/megatron/moe_utils.py:71), beside which attention and linear layers are its own too."""
+def test_nemo_divides_experts(dispatcher: str, ci: dict[str, object], nodes: tuple[int, int], unsupported: set[str]) -> None:
+    """32 ranks of 8 for each node, or of 4 of GB200, own the experts once. Tokens are sorted for DeepEP by Transformer Engine
+    (0.7.0, components/moe/megatron/moe_utils.py:71), beside which attention and linear layers are its own too."""
     backend = {"_target_": "nemo_automodel.components.models.common.BackendConfig", "dispatcher": dispatcher}
     model = NEMO_MODEL | {"pretrained_model_name_or_path": "zai-org/GLM-4.5-Air", "backend": backend}
     plan = of_nemo({"strategy": "fsdp2", "ep_size": 32}, model=model, ci=ci)
-    assert [plan.options[name] for name in ("ep_size", "gpus", "nodes")] == [32, 8, nodes]
+    assert [plan.options[name] for name in ("ep_size", "gpus", "nodes")] == [32, *nodes]
     assert set(plan.unsupported) == unsupported
     assert ("routing" in plan.assumed) is (dispatcher == "hybridep")
 
