@@ -49,9 +49,12 @@ def test_scores_of_all_heads_are_made(
     assert peaks.reserved == pytest.approx(reserved, rel=0.03)
 
 
+WIDE = {"quant_skip_modules": ["lm_head", "model.layers.1.mlp"]}
 OF_SFT: list[tuple[str, str, int, tuple[int, int, int], dict[str, Any], tuple[int, ...]]] = [
     ("qwen2.5-14b", "qwen2", 3, (2, 2048, 2), {}, (4_350_550_016, 4_777_601_536, 3_701_481_472)),
     ("qwen2.5-14b", "qwen2", 3, (2, 1500, 2), {}, (4_192_252_928, 4_467_470_848, 3_678_983_168)),
+    ("qwen3-14b", "qwen3", 4, (2, 2048, 2), {"r": 32, **WIDE}, (5_210_816_512, 5_740_055_552, 4_436_967_424)),
+    ("qwen3-14b", "qwen3", 4, (2, 1500, 2), {"r": 32, **WIDE}, (5_028_951_040, 5_369_179_648, 4_414_469_120)),
 ]
 """Model, its type and layers; batch size, length and micro batches; other options; peaks of phases in the second step of
 Unsloth's SFTTrainer with a collator on an emulated A100, beside transformers 4.56.2 and trl 0.22.2; other releases as above."""
@@ -68,6 +71,9 @@ def test_padded_rows_of_a_decoder_run_its_record(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = [{**row, "model": model_type} for row in ROWS if row["model"] == model and not row.get("scheme")]
+    for row in rows:
+        row["in_16_bits"] = options.get("quant_skip_modules", row.get("in_16_bits"))
+        row["others"] = [[[number], *events] for number, (_, *events) in enumerate(row.get("others", ()), 1)]
     monkeypatch.setattr(compiled_layers, "load", lambda *_: rows)
     of_job = dict(zip(("batch_size", "seq_len", "gradient_accumulation_steps"), sizes, strict=True))
     peaks = estimate(shallow(model, layers), **{**QLORA, **of_job, **options}).peaks
