@@ -50,6 +50,7 @@ def test_scores_of_all_heads_are_made(
 
 
 WIDE = {"quant_skip_modules": ["lm_head", "model.layers.1.mlp"]}
+OF_ORPO = {"trainer": "trl-orpo", "max_completion_length": 1024}
 IN_BF16 = {"method": "lora", "kbit_prepare": None}
 OF_LLASA = {"r": 128, "target_modules": "q_proj,v_proj"}
 SHAPES = {"orpheus-3b-0.1-ft": "llama-3.2-3b", "llasa-3b": "llama-3.2-3b", "llasa-1b": "llama-3.2-1b"}
@@ -59,6 +60,7 @@ OF_SFT: list[tuple[str, str, int, tuple[int, int, int], dict[str, Any], tuple[in
     ("qwen2.5-14b", "qwen2", 3, (2, 1500, 2), {}, (4_192_252_928, 4_467_470_848, 3_678_983_168)),
     ("qwen3-14b", "qwen3", 4, (2, 2048, 2), {"r": 32, **WIDE}, (5_210_816_512, 5_740_055_552, 4_436_967_424)),
     ("qwen3-14b", "qwen3", 4, (2, 1500, 2), {"r": 32, **WIDE}, (5_028_951_040, 5_369_179_648, 4_414_469_120)),
+    ("llama-3-8b", "llama", 3, (2, 2048, 2), OF_ORPO, (3_674_909_696, 4_683_007_488, 2_634_349_568)),
     ("llama-3.2-3b", "llama", 4, (2, 2048, 2), WIDE, (1_631_435_264, 1_873_841_664, 1_227_097_088)),
     ("llama-3.2-3b", "llama", 4, (2, 1500, 2), WIDE, (1_584_219_648, 1_687_339_008, 1_213_577_216)),
     ("orpheus-3b-0.1-ft", "llama", 3, (2, 2048, 2), {"r": 64, **IN_BF16}, (1_985_244_672, 2_228_830_720, 1_580_906_496)),

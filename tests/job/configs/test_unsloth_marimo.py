@@ -10,7 +10,7 @@ import pytest
 import peftplan
 from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.read import read_text
-from tests.job.configs.test_unsloth_trainers import DPO
+from tests.job.configs.test_unsloth_trainers import DPO, ORPO
 
 SFT = """
 {settings}from unsloth import FastLanguageModel
@@ -55,3 +55,9 @@ def test_layers_of_padded_rows_are_compiled(settings: str, trainer: str, collato
     assert not plan.unsupported
     assert (plan.options["kernels"] == "unsloth-padded") is compiled
     assert ("2.13" in plan.assumed.get("torch", "")) is compiled
+
+
+def test_pairs_of_orpo_run_compiled_layers() -> None:
+    plan = marimo(ORPO.format(lengths="max_prompt_length=1024, max_completion_length=1024, "))
+    assert (plan.unsupported, plan.options["kernels"], plan.options["trainer"]) == ({}, "unsloth-padded", "trl-orpo")
+    assert peftplan.estimate(config=plan).peaks is not None
