@@ -36,7 +36,7 @@ class Fsdp2(OneDevice):
 
     every_layer = True
     hooks_each_output = True
-    micro_batches = 2
+    micro_batches = 3
     copy_in = COPY_IN
     one_by_one = False
     """Whether the optimizer steps tensor by tensor (nemo_automodel, components/optim/optimizer.py, `_foreach_for_mesh`)."""
