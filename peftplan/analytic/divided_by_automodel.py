@@ -55,7 +55,8 @@ def knows_division(job: Job, distributed: Distributed) -> bool:
 def knows_pipeline(job: Job, distributed: Distributed) -> bool:
     """Whether stages were rehearsed: by NeMo Automodel, of a model of its own in bf16 without windows, over two ranks or more,
     with gradients that wait for the last micro batch. Matrices that ranks share too: of Llama, fully trained on packed rows, or
-    with LoRA and checkpoints on others, also where no other ranks hold the same stage. Beside experts that ranks divide also one that is no unit itself."""
+    with LoRA and checkpoints on others, also where no other ranks hold the same stage. Beside experts that ranks divide also one
+    that is no unit itself."""
     whole = distributed.dp_shard_size is None and (distributed.shards > 1 or ranks_of(distributed) > 1)
     packed, apart = kernels_of(job.setup.kernels or ()).attention is not None, distributed.pp_stage_is_unit is False
     of_experts = distributed.pp_schedule == INTERLEAVED and knows_experts(job)

@@ -9,7 +9,7 @@ from peftplan.job.automodel_scans import knows_recorded, knows_scan
 from peftplan.job.beside_towers import is_mixture, knows_tower
 from peftplan.job.exchanges import EXCHANGES, IN_TURN, Exchanged, Rows, alike
 from peftplan.job.further_tokens import OF_QWEN, attends_then_mixes
-from peftplan.job.kernels import SCANNING, kernels_of
+from peftplan.job.kernels import BY_OPERATION, SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART, RECEIVED
 from peftplan.optim import OF_AUTOMODEL, parse_optim
 
@@ -282,6 +282,13 @@ def _knows_layers(job: Job) -> bool:
     return alone and plain and (kernels.fake_quant is None or of_llama)
 
 
+def _knows_by_operation(job: Job) -> bool:
+    """Whether LoRA without the tool's autograd function was rehearsed: of transformers' modules in bf16, over several GPUs,
+    without checkpoints."""
+    plain = job.distributed is not None and job.quant is None and job.setup.dtype == "bf16" and not builds(job)
+    return plain and job.method_name == "lora" and not job.setup.gradient_checkpointing
+
+
 def _knows_ministral(job: Job) -> bool:
     """Whether Ministral 3 of the tool's own was rehearsed: LoRA with checkpoints, over ranks that share matrices."""
     setup, distributed = job.setup, job.distributed
@@ -314,6 +321,8 @@ def without_formula(job: Job) -> str | None:
         or (name == "te_fused_adam" and builds(job) and not packs_documents(job)),
         "further tokens as they were not rehearsed": not _knows_further_tokens(job),
         "torchao's layers as they were not rehearsed": not _knows_layers(job),
+        "LoRA operation by operation, as it was not rehearsed": BY_OPERATION in (setup.kernels or ())
+        and not _knows_by_operation(job),
         "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss"
         and not (_knows_mixture(job) or knows_experts(job)),

@@ -180,6 +180,12 @@ class Balanced(NamedTuple):
     source: str
 
 
+class ByOperation(NamedTuple):
+    """Adapters operation by operation, in place of a trainer's autograd function."""
+
+    source: str
+
+
 class Projections(NamedTuple):
     """Linear layers, or those of experts one by one, of Transformer Engine, which keeps workspaces of cuBLASLt for them."""
 
@@ -202,6 +208,7 @@ Part: TypeAlias = (
     | Rule
     | Exchange
     | Balanced
+    | ByOperation
     | Projections
 )
 Kernel: TypeAlias = Part | Norm | Rotary | Gated | Lora | LayerNorms

@@ -14,6 +14,7 @@ from peftplan.arch.modules import Architecture
 from peftplan.errors import InputError, UnknownNameError
 from peftplan.job.kernel_facts import (
     Balanced,
+    ByOperation,
     Checkpoint,
     CompiledLayers,
     Decoder,
@@ -109,6 +110,9 @@ KERNELS: dict[str, Kernel] = {
     "liger.rope": Rotary("liger-kernel, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
     "torch-norm.rms_norm": Norm("torch, native/cuda/layer_norm_kernel.cu (`_fused_rms_norm`)", False, 0, in_python=False),
     "te-norm.rms_norm": Norm("transformer-engine 2.20.2, pytorch/ops/basic/rmsnorm.py (`RMSNorm`)", False, 0),
+    "torch-lora.adapters": ByOperation(
+        "nemo_automodel 0.7.0, components/_peft/lora.py (`LinearLoRA.forward` without `use_memory_efficient_lora`)"
+    ),
     "torchao.fake_quant": FakeQuantized("torchao, quantization/qat/linear.py (`Int8DynActInt4WeightQATLinear`)", group=256),
     "torchao-int4.fake_quant": FakeQuantized(
         "torchao, quantization/qat/fake_quantizer.py (`Int4WeightFakeQuantizer`), as axolotl 0.19.0 configures it",
@@ -148,7 +152,8 @@ OF_EXPERTS = (
     *("deepep.exchange", "deepep-again.exchange", "hybridep.exchange", "uccl.exchange"),
     *("balanced.gate", "te-linear.dense", "te-experts.experts"),
 )
-OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS, *OF_EXPERTS, "torch-norm.rms_norm", "te-norm.rms_norm")
+BY_OPERATION = "torch-lora.adapters"
+OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS, *OF_EXPERTS, "torch-norm.rms_norm", "te-norm.rms_norm", BY_OPERATION)
 """Kernels of NeMo Automodel's recipe, and of no other trainer."""
 
 
@@ -178,6 +183,7 @@ class Kernels(NamedTuple):
     gate: Balanced | None = None
     dense: Projections | None = None
     experts: Projections | None = None
+    adapters: ByOperation | None = None
 
     @property
     def sets_up_allocator(self) -> bool:
@@ -273,6 +279,7 @@ OF_PACKAGE = {
     "te-linear": (*DIVIDED, "qwen3_vl_moe"),
     "hybridep": ("gpt_oss", "qwen3_moe", "deepseek_v3", "minimax_m2", "glm_moe_dsa", "qwen3_next", "qwen3_vl_moe", "qwen3_5_moe"),
     "torch-norm": ("llama", "qwen2", "qwen3_moe"),
+    "torch-lora": ("llama", "qwen2"),
     "te-norm": ("gpt_oss", "nemotron_h", *WITH_FAKE_GATE),
     **dict.fromkeys(("deepep-again", "balanced"), WITH_FAKE_GATE),
     "mamba-ssm": SCANNING,

@@ -19,8 +19,8 @@ ROWS = [json.loads(line) for line in Path(__file__).with_name("pipeline.jsonl").
 LARGEST = {"allocated": 0.01, "reserved": 0.1}
 """Per cent."""
 OF_DIVIDED = {"allocated": 0.07, "reserved": 0.2}
-"""Per cent, where ranks share matrices too: 7 MB, with LoRA 3 to 4 MB, most of them tables of rotary embedding in each of four stages, for as many
-positions as the largest of them says, a number that the emulated card does not hold."""
+"""Per cent, where ranks share matrices too: 7 MB, with LoRA 3 to 4 MB, most of them tables of rotary embedding in
+each of four stages, for as many positions as the largest of them says, a number that the emulated card does not hold."""
 BESIDE_EXPERTS = {"allocated": 0.11, "reserved": 0.75}
 """Per cent, where ranks divide experts: 8 to 10 MB, half of them blocks that the
 allocator leaves unsplit; of reserved ones 100 MiB."""

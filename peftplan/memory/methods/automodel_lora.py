@@ -21,13 +21,13 @@ OF_TORCH = ".in_proj"
 
 def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], running: Running) -> Tensor:
     """`lora_B(lora_A(x) * scale) + base(x)`: saves x, A and B. The sum is made apart where a dropout comes before it."""
+    dropout = running.config_as(LoraConfig).lora_dropout
     by_engine = running.kernels.dense is not None and not part.name.endswith(OF_TORCH)
-    if f.modules is not None or by_engine:
-        return divided(f, part, x, base)
+    if f.modules is not None or by_engine or running.kernels.adapters is not None:
+        return divided(f, part, x, base, dropout=dropout)
     result = base(x)
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
     f.module = part.name
-    dropout = running.config_as(LoraConfig).lora_dropout
     node = f.record(_backward, (x, a, b, *([] if dropout else [result])))
     out = f.new(result.dims, x.dtype, "lora", node)
     if node is not None:
@@ -36,9 +36,9 @@ def lora(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], runni
     return ops.add_(f, ops.dropout(f, out, dropout), result) if dropout else out
 
 
-def divided(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor]) -> Tensor:
-    """The same of matrices that are divided over ranks, or of Transformer Engine, operation by operation
-    (`_should_use_memory_efficient_lora`)."""
+def divided(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor], *, dropout: float = 0) -> Tensor:
+    """The same of matrices that are divided over ranks, or of Transformer Engine, or where a file asks for it, operation by
+    operation (`_should_use_memory_efficient_lora`)."""
     result = base(x)
     a, b = part.params["lora_A.weight"], part.params["lora_B.weight"]
     f.module = f"{part.name}.lora_A"
@@ -48,7 +48,7 @@ def divided(f: Tape, part: Part, x: Tensor, base: Callable[[Tensor], Tensor]) ->
     out = f.call(f.module, part.layer, (b,), low, lambda x: products.linear(f, x, b))
     del low
     f.module = part.name
-    return ops.add(f, result, out)
+    return ops.add(f, result, ops.dropout(f, out, dropout))
 
 
 def _backward(f: Tape, node: Node, saved: tuple[Tensor, Parameter, Parameter], g: Tensor) -> Gradients:
