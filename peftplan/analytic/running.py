@@ -292,6 +292,7 @@ def program_of(job: Job) -> Program:
         holds_gradients=setup.by.weighs_tokens and setup.optim == "moonlight_muon",  # 0.9.6.dev0, base_trainer.py:305
         updates_ranks=job.script.updates_ranks(setup),
         forwards=setup.forwards,
+        beta=setup.by.beta if setup.beta is None else setup.beta,
         frees_outputs=job.script.outputs_end_with_backward or job.setup.by.holds_outputs,
         scales=setup.autocast == "fp16",
         copies_outputs=copies_outputs(job.distributed),

@@ -190,6 +190,8 @@ def _check_trainer(setup: Setup) -> None:
         if (value := getattr(setup, name)) is not None and value is not False:
             having = ", ".join(trainer.name for trainer in TRAINERS.values() if name in trainer.options)
             raise OptionError(name, value, f"{by.called} has no such option; accepted: with --trainer {having}")
+    if by.teaches and setup.beta is not None and setup.beta > 1:
+        raise InputError("beta", setup.beta, f"{by.called} accepts a number from 0 to 1")
     if (by.teaches or by.taught) and "teacher_model" in by.options and setup.teacher_model is None:
         raise RefusedError(f"teacher_model: {by.called} needs one; accepted: a model of the same vocabulary")
     if by.values and setup.gradient_checkpointing:

@@ -94,7 +94,8 @@ DISTILLING = WITH_ALL_LOGITS._replace(
     teaches=True,
     empties_before=True,
     forwards=(*LOSS, Forward("reference")),
-    options=frozenset({"max_completion_length", "teacher_model"}),
+    beta=0.5,
+    options=frozenset({"max_completion_length", "teacher_model", "beta"}),
     arguments="GKDConfig",
 )
 # Policy, reference and reward model, all on the card (experimental/nash_md/nash_md_trainer.py, experimental/xpo/xpo_trainer.py).

@@ -179,7 +179,7 @@ def _distilled(model: Model, program: Program, teacher: Model | None) -> Tensor:
         (parts,) = model.running.loss_facts
         loss = divergence_in_parts(f, *of_models, at_once=at_once, parts=int(parts))
     else:
-        loss = divergence_in_tiles(model, teacher, *of_models) if in_tiles else divergence(f, *of_models)
+        loss = divergence_in_tiles(model, teacher, *of_models) if in_tiles else divergence(f, *of_models, beta=program.beta)
     for runs in (model, teacher):
         runs.kept.clear()
     return loss if own_loss is None else ops.add(f, loss, ops.scale(f, own_loss))

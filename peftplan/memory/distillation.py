@@ -1,7 +1,7 @@
 """Losses of distillation: the generalized Jensen-Shannon divergence of all logits of student and teacher, or of those of scored
 tokens part by part, and divergences of tiles of logits.
 
-b rows, s tokens, v vocabulary, n scored tokens. Source: trl `GKDTrainer.generalized_jsd_loss`, with a `beta` between 0 and 1;
+b rows, s tokens, v vocabulary, n scored tokens. Source: trl `GKDTrainer.generalized_jsd_loss`;
 ms-swift 4.6.0, rlhf_trainers/gkd_loss.py (`gkd_loss`, `jsd_loss`); aten ReduceOps.cpp (`logsumexp_out_impl`), Loss.cpp
 (`kl_div`); autograd's `logsumexp_backward`;
 `DistillationTrainer._compute_loss`, kernels/chunked_divergence.py, whose Triton kernels take nothing.
@@ -19,8 +19,9 @@ from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
 
-def divergence(f: Tape, student: Tensor, teacher: Tensor) -> Tensor:
+def divergence(f: Tape, student: Tensor, teacher: Tensor, *, beta: float | None) -> Tensor:
     """The divergence of the next tokens, over those that are scored. `student`, `teacher`: logits, which the caller holds.
+    `beta`: 0 for that from the student, 1 for that from the teacher; between them both are from a mixture.
 
     Locals of a Python function live until it returns. At the peak the two divergences from the mixture are added up: 15 tensors
     of b x (s - 1) x v are alive, the mixture's stacked input counted twice, beside both models' logits.
@@ -32,15 +33,21 @@ def divergence(f: Tape, student: Tensor, teacher: Tensor) -> Tensor:
     theirs = f.new(dims, "fp32", "div")
     log_mine = ops.keeps_output(f, mine, "log_softmax")
     log_theirs = f.new(dims, "fp32", "log_softmax")
-    mixture = _mixed(f, log_mine, dims)
-    from_teacher = _divergence_of_teacher(f, mixture)
-    from_student = _divergence_of_student(f, log_mine, mixture)
-    weighed = ops.scale(f, from_teacher)
-    other = ops.scale(f, from_student)
-    total = ops.add(f, weighed, other)
-    del weighed, other
+    if beta in (0, 1):
+        total = _divergence_of_teacher(f, log_mine) if beta == 0 else _divergence_of_student(f, log_mine, log_theirs)
+        locals_of_mixture: tuple[Tensor, ...] = ()
+    else:
+        mixture = _mixed(f, log_mine, dims)
+        from_teacher = _divergence_of_teacher(f, mixture)
+        from_student = _divergence_of_student(f, log_mine, mixture)
+        locals_of_mixture = (mixture, from_teacher, from_student)
+        weighed = ops.scale(f, from_teacher)
+        other = ops.scale(f, from_student)
+        del mixture, from_teacher, from_student
+        total = ops.add(f, weighed, other)
+        del weighed, other
     scored = rows_of(f, total, mask)
-    del mine, theirs, log_mine, log_theirs, mixture, from_teacher, from_student, total
+    del mine, theirs, log_mine, log_theirs, locals_of_mixture, total
     return ops.scale(f, ops.summed(f, scored), "div")
 
 
@@ -113,8 +120,8 @@ def _negated_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
     return f.new(g.dims, g.dtype, "neg")
 
 
-def _difference_backward(f: Tape, node: Node, saved: object, g: Tensor) -> tuple[Tensor, Tensor]:
-    return g, f.new(g.dims, g.dtype, "neg")
+def _difference_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Gradients:
+    return g, None if node.edges[1] is None else f.new(g.dims, g.dtype, "neg")
 
 
 STATISTICS = 9

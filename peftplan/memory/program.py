@@ -39,6 +39,8 @@ class Program(NamedTuple):
     """Whether gradients are reduced in every micro batch, not in the last alone."""
     forwards: tuple[Forward, ...] = LOSS
     """The forwards of a micro batch."""
+    beta: float | None = None
+    """The weight of the student in a mixture of student and teacher; at 0 and 1 there is none."""
     schedule: "OfRank | None" = None
     """The stages of a pipeline, and the order in which they run micro batches."""
     projected: Mapping[str, Projected] = MappingProxyType({})

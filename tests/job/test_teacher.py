@@ -69,6 +69,11 @@ def test_an_unknown_teacher_is_named_as_typed() -> None:
         peftplan.estimate(**JOB, teacher_model="smollm2-360")
 
 
+def test_the_weight_of_a_mixture_is_at_most_1() -> None:
+    with pytest.raises(InputError, match=r"beta: 2.0 is not valid; GKDTrainer of trl .* accepts a number from 0 to 1"):
+        peftplan.estimate(**JOB, teacher_model="smollm2-360m", beta=2.0)
+
+
 def test_other_trainers_have_no_teacher() -> None:
     with pytest.raises(
         OptionError, match="accepted: with --trainer trl-gkd, trl-gold, trl-distillation, swift-grpo-taught, swift-gkd"

@@ -154,7 +154,8 @@ def with_teacher(job: argparse.Namespace) -> None:
             peft_config=adapter(job),
         ).train()
         return
-    settings = {"max_length": job.seq_len, "lmbda": 0.0, **arguments(job, model)}
+    weight = {} if job.beta is None else {"beta": job.beta}
+    settings = {"max_length": job.seq_len, "lmbda": 0.0, **weight, **arguments(job, model)}
     if job.trainer == "trl-gold":
         trainer_class, config = GOLDTrainer, GOLDConfig(max_completion_length=completion, **settings)
     else:
