@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.automodel_scans import knows_recorded, knows_scan
 from peftplan.job.beside_towers import is_mixture, knows_tower
-from peftplan.job.exchanges import EXCHANGES, IN_TURN, Exchanged, Rows, alike
+from peftplan.job.exchanges import EXCHANGES, IN_TURN, MOST_GATHERING, Exchanged, Rows, alike
 from peftplan.job.further_tokens import OF_QWEN, attends_then_mixes
 from peftplan.job.kernels import BY_OPERATION, SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART, RECEIVED
@@ -163,10 +163,13 @@ def knows_experts(job: Job) -> bool:
     here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
     mlp = job.architecture.blocks[-1].mlp
     whole = mlp.num_experts % distributed.ep_size == 0
-    if IN_TURN in (job.setup.kernels or ()) and not (
-        whole and alike(distributed.ep_size, mlp.num_experts, mlp.num_experts_per_tok)
-    ):
-        return False
+    kernels = job.setup.kernels or ()
+    if IN_TURN in kernels:
+        gathers = kernels_of(kernels).exchange is None
+        if not (whole and alike(distributed.ep_size, mlp.num_experts, mlp.num_experts_per_tok)):
+            return False
+        if gathers and distributed.ep_size > MOST_GATHERING:
+            return False
     return alone and plain and here and whole and any(_resembles(job, shown) for shown in EXCHANGES[model_type])
 
 

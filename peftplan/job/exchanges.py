@@ -44,6 +44,8 @@ def alike(ranks: int, experts: int, k: int) -> bool:
 
 
 IN_TURN = "balanced.gate"
+MOST_GATHERING = 8
+"""Ranks that gathered the tokens of all where these took experts in turn."""
 ADAMW, ONE_BY_ONE = ("adamw_torch",), ("adam_one_by_one",)
 ANY_ADAM = ("adamw_torch", "adam")
 OF_NEMOTRON = ("mamba-ssm.scan", "deepep.exchange")
@@ -102,6 +104,9 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
     "qwen3_next": (Exchanged(("hybridep.exchange",), ADAMW, True, True),),
     "deepseek_v3": (
+        Exchanged(
+            ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, False, True, shared=True, stages=True
+        ),
         Exchanged(
             ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True, shared=True, stages=True
         ),

@@ -742,6 +742,8 @@ def test_how_many_ranks_a_token_reaches_that_takes_experts_in_turn(
         ({"kernels": "te-norm,deepep-again,te-linear"}, False),
         ({"kernels": "te-norm,uccl,te-linear,balanced"}, False),
         ({"optim": "adam_one_by_one"}, False),
+        ({"kernels": "torch-norm,balanced"}, True),
+        ({"kernels": "torch-norm,balanced", "gpus": 16, "ep_size": 16}, False),
         ({"model": "moonlight-16b-a3b"}, False),
         ({"model": "moonlight-16b-a3b", "kernels": "te-norm,deepep,te-linear,balanced"}, True),
     ],
