@@ -40,7 +40,7 @@ class Program(NamedTuple):
     forwards: tuple[Forward, ...] = LOSS
     """The forwards of a micro batch."""
     beta: float | None = None
-    """The weight of the student in a mixture of student and teacher; at 0 and 1 there is none."""
+    """The weight of the teacher in a mixture of student and teacher; at 0 and 1 there is none."""
     schedule: "OfRank | None" = None
     """The stages of a pipeline, and the order in which they run micro batches."""
     projected: Mapping[str, Projected] = MappingProxyType({})

@@ -21,9 +21,9 @@ from peftplan.job.launch import accelerate
 from peftplan.job.launch.content import content
 
 ASSUMED_GPUS = 8
+"""Processes of a job whose file shards it and does not say over how many."""
 OF_CLUSTER = {"gb200": 4}
 """Cluster of NeMo Automodel's tests → GPUs of a machine."""
-"""Processes of a job whose file shards it and does not say over how many."""
 DIVIDED = {
     "tensor_parallel_size": "tensor parallelism", "context_parallel_size": "context parallelism",
     "expert_parallel_size": "expert parallelism", "sequence_parallel_size": "sequence parallelism",
