@@ -71,15 +71,13 @@ def _ties_beside_experts(job: Job) -> bool:
 
 
 def _deals_tokens(job: Job) -> bool:
-    """Whether tokens take experts in turn as reserved bytes were not within 3 % of the replay, or were not rehearsed: those of
-    DeepSeek-V3 without stages, of which Moonlight's were beside DeepEP, and those of Qwen 3 in stages where several ranks own the
-    same experts."""
+    """Whether tokens take experts in turn as reserved bytes were not within 3 % of the replay: DeepSeek-V3's without stages, and
+    Qwen 3's in stages where several ranks own the same experts."""
     kernels, distributed, model_type = job.setup.kernels or (), job.distributed, job.architecture.model_type
     if IN_TURN not in kernels or distributed is None:
         return False
     if model_type == "deepseek_v3":
-        grouped = job.architecture.blocks[-1].mlp.router.groups > 1
-        return (grouped or "hybridep.exchange" in kernels) and (distributed.pp_size or 1) == 1
+        return "hybridep.exchange" in kernels and (distributed.pp_size or 1) == 1
     return model_type == "qwen3_moe" and (distributed.pp_size or 1) > 1 and distributed.shards != distributed.ep_size
 
 
