@@ -69,12 +69,14 @@ def _knows_merged(job: Job) -> bool:
 
 def _knows_cut(job: Job) -> bool:
     """Whether the loss was rehearsed that reads the head behind the model: over several GPUs, of a head that has no adapter and,
-    where it trains, with gradients that each micro batch reduces, but of a tied head, and beside divided experts, with both."""
+    where transformers' model trains it, with gradients that each micro batch reduces, but of a tied head, and beside divided
+    experts, with both."""
     adapts = any(module.name == job.architecture.output_embedding for module in job.adaptation.matched)
     if job.distributed is None or not job.is_full_or_lora:
         return False
     defers = (job.setup.gradient_accumulation_steps or 1) > 1 and not job.distributed.sync_each_batch
-    return bool(job.architecture.ties) or not (adapts or (job.method_name == "full" and defers)) or knows_experts(job)
+    unknown = adapts or (job.method_name == "full" and defers and not builds(job))
+    return bool(job.architecture.ties) or not unknown or knows_experts(job)
 
 
 def _knows_teacher(job: Job) -> bool:

@@ -42,6 +42,9 @@ temporaries, one parameter after the other, leave gaps; here those of each famil
 LOOSE = {
     ("llama-3.3-70b", 2, 1): 0.056,
     ("qwen2.5-7b", 3, 2): 0.014,
+    ("qwen2.5-7b", 3, 1): 0.014,
+    ("qwen2.5-7b", 2, 1): 0.028,  # 3.2 MB and, of Llama, 6.6 MB of the last micro batch's backward
+    ("llama-3.1-8b", 3, 1): 0.057,
     ("qwen2.5-1.5b", 9, 2): 0.3,
     ("ministral-3-3b-instruct-2512", 2, 1): 0.25,
     ("qwen2.5-vl-3b-instruct", 3, 1): 1.2,
@@ -699,16 +702,15 @@ def test_muon_steps_over_whole_matrices(options: dict[str, Any], unknown: str | 
 @pytest.mark.parametrize(
     ("options", "unknown"),
     [
-        ({"gradient_accumulation_steps": 2}, "loss cut-apart"),
+        ({"gradient_accumulation_steps": 2}, None),
+        ({"gradient_accumulation_steps": 2, "trainer": "automodel-hf"}, "loss cut-apart"),
         ({"gradient_accumulation_steps": 2, "sync_each_batch": True}, None),
         ({"method": "lora", "r": 8, "target_modules": "every-linear"}, "loss cut-apart"),
         ({"loss": "full", "tp_size": 8}, "a step with FSDP2 over 8 GPUs and tp_size"),
     ],
 )
 def test_what_of_the_fused_loss_and_of_shared_matrices_was_not_rehearsed(options: dict[str, Any], unknown: str | None) -> None:
-    """Rehearsed, two micro batches of Qwen2.5 7B (two layers) held 8.9 % more than was counted where their gradients wait for
-    the last one, and three layers of Llama 3.1 8B over 8 GPUs that share each matrix reserved 4.1 % less.
-    """
+    """Rehearsed, three layers of Llama 3.1 8B over 8 GPUs that share each matrix reserved 4.1 % less than was counted."""
     job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "loss": "cut-apart"}
     result = peftplan.estimate("llama-3.1-8b", **job | options, seq_len=512)
     assert (result.peaks is None) is (unknown is not None)
