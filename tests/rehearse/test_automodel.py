@@ -756,3 +756,12 @@ def test_what_of_tokens_that_take_experts_in_turn_was_rehearsed(options: dict[st
     job: dict[str, Any] = {"model": "qwen3-30b-a3b", "method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8}
     job |= {"ep_size": 8, "gradient_checkpointing": True, "kernels": "te-norm,deepep-again,te-linear,balanced"}
     assert (peftplan.estimate(**job | {"loss": "full-no-upcast"} | options).peaks is not None) is known
+
+
+@pytest.mark.parametrize(("ranks", "stated"), [(8, True), (16, False)])
+def test_reserved_bytes_are_not_stated_where_more_ranks_get_tokens_in_turn(ranks: int, stated: bool) -> None:
+    job: dict[str, Any] = {"model": "qwen3-30b-a3b", "method": "full", "trainer": "automodel", "strategy": "fsdp2"}
+    job |= {"gradient_checkpointing": True, "kernels": "te-norm,deepep,te-linear,balanced", "loss": "full-no-upcast"}
+    peaks = peftplan.estimate(**job, seq_len=512, gpus=ranks, ep_size=ranks).peaks
+    assert peaks is not None
+    assert (peaks.reserved is not None) is stated
