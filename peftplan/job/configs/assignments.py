@@ -9,8 +9,8 @@ from peftplan.job.configs.documents import ALLOCATOR, Values
 from peftplan.job.configs.flow import Flow
 from peftplan.job.configs.instances import Instance, plain
 
-SETTINGS = "UNSLOTH_"
-"""Prefix of the environment variables that decide how a package trains."""
+SETTINGS = ("UNSLOTH_", "TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+"""How the environment variables begin that decide how a package trains."""
 
 
 class Assignments(Flow):

@@ -21,7 +21,7 @@ from peftplan.job.configs.launch_files import in_tree
 from peftplan.job.configs.objects import OF_MODEL
 from peftplan.job.configs.order import UNTAKEN, in_order, of_training_first
 
-MAGIC = re.compile(rf"^\s*%(?:set_)?env[ \t]+({SETTINGS}\w+)(?:[ \t]*=[ \t]*|[ \t]+)(.*?)[ \t]*$", re.MULTILINE)
+MAGIC = re.compile(rf"^\s*%(?:set_)?env[ \t]+((?:{'|'.join(SETTINGS)})\w*)(?:[ \t]*=[ \t]*|[ \t]+)(.*?)[ \t]*$", re.MULTILINE)
 """A notebook's line that sets one of them. As in IPython, the value is the rest of the line, with what looks like a comment."""
 DATABRICKS = "# Databricks notebook source"
 """The first line of a notebook that Databricks saves as a script."""

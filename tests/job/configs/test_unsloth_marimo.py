@@ -61,3 +61,11 @@ def test_pairs_of_orpo_run_compiled_layers() -> None:
     plan = marimo(ORPO.format(lengths="max_prompt_length=1024, max_completion_length=1024, "))
     assert (plan.unsupported, plan.options["kernels"], plan.options["trainer"]) == ({}, "unsloth-padded", "trl-orpo")
     assert peftplan.estimate(config=plan).peaks is not None
+
+
+@pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"])
+def test_nothing_is_known_where_torch_compiles_nothing(name: str) -> None:
+    for value, unsupported in (("1", {name}), ("0", set())):
+        settings = f'import os; os.environ["{name}"] = "{value}"\n'
+        plan = marimo(SFT.format(settings=settings, trainer="SFTTrainer", collator=COLLATOR, arguments=""))
+        assert set(plan.unsupported) == unsupported
