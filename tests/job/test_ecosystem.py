@@ -221,7 +221,6 @@ def test_a_teacher_of_the_arguments(module: str, name: str, trainer: str) -> Non
 @pytest.mark.parametrize(
     ("module", "name", "argument", "value"),
     [
-        ("gkd", "GKDConfig", "beta", 1.0),
         ("gold", "GOLDConfig", "use_uld_loss", True),
         ("tpo", "TPOConfig", "tpo_alpha", 0.0),
     ],
