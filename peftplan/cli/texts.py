@@ -117,7 +117,7 @@ PREFERENCES: dict[str, str] = {
     "--teacher-model": "model that the student learns from; not quantized, in the student's dtype",
     "--reward-model": "model that scores completions; not quantized, in the policy's dtype",
     "--precompute-ref-log-probs/--no-precompute-ref-log-probs": "run the reference model before training",
-    "--beta": "weight of the reference model; in GKD and GOLD, of the teacher in the mixture, which 0 and 1 leave out",
+    "--beta": "weight of the reference model; in GKD and GOLD, the teacher's share of the mixture (0 and 1: no mixture)",
     "--loss-type": "the trainer's own name of its loss",
     "--max-prompt-length": "tokens per prompt, instead of --seq-len",
     "--num-generations": "completions per prompt",

@@ -1,5 +1,6 @@
 """How experts that ranks divide were rehearsed with NeMo Automodel's recipe (tests/rehearse/automodel.jsonl)."""
 
+from functools import cache
 from typing import Literal, NamedTuple
 
 from peftplan.job.loss_sizes import CUT_APART, NO_UPCAST
@@ -37,6 +38,7 @@ class Exchanged(NamedTuple):
         return CUT_APART if self.pretrains else NO_UPCAST if IN_TURN in self.kernels else "full"
 
 
+@cache
 def alike(ranks: int, experts: int, k: int) -> bool:
     """Whether all of these ranks get as many tokens, which take k of the experts in turn."""
     owned, places = experts // ranks, [{(token * k + place) % experts for place in range(k)} for token in range(experts)]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from peftplan.arch.modules import Architecture
 from peftplan.distributed.strategy import Distributed
+from peftplan.job.exchanges import IN_TURN
 from peftplan.job.setup import Setup
 from peftplan.job.shared_bases import packs_integers
 from peftplan.methods.adaptation import Adaptation
@@ -36,7 +37,7 @@ def traps(
             most_of_rank, of_worst = f"{most} where all send one rank every token", f"{most} a layer"
         if distributed.routing == "worst":
             yield f"routing: experts are counted on the rank to which all others send every token{of_worst}"
-        else:
+        elif IN_TURN not in (setup.kernels or ()):  # there all ranks get as many
             yield (
                 f"ep_size: experts are counted with equal shares of the tokens{of_rank}; uneven routing takes more on some "
                 f"ranks{most_of_rank}"

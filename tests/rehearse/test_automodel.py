@@ -56,8 +56,7 @@ LOOSE = {
     ("glm-4.5-air", 4, 4): 0.13,
     ("glm-4.5", 5, 2): 0.3,
     ("nvidia-nemotron-nano-9b-v2", "M-*M-M-M*-M-", 4): 0.4,
-    ("qwen3-30b-a3b", 4, 2): 3.2,
-    ("qwen3-30b-a3b", 12, 4): 1.4,
+    ("qwen3-30b-a3b", 4, 2): 2.25,
     ("qwen3-30b-a3b", 4, 4): 1.9,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*E", 1): 0.31,
     ("nvidia-nemotron-3-nano-30b-a3b-bf16", "MEM*EM", 1): 0.06,
@@ -87,11 +86,8 @@ LOOSE = {
     ("gpt-oss-20b", 4, 1): 2.4,
     ("glm-4.7-flash", 4, 8): 1.3,
     ("moonlight-16b-a3b", 4, 8): 0.16,
-    ("moonlight-16b-a3b", 4, 2): 1.2,
-    ("moonlight-16b-a3b", 8, 4): 0.29,
-    ("qwen3-30b-a3b", 3, 4): 1.8,
-    ("qwen3-30b-a3b", 8, 4): 0.95,
-    ("deepseek-v3", 6, 2): 0.08,
+    ("qwen3-30b-a3b", 8, 4): 0.8,
+    ("qwen3-30b-a3b", 3, 4): 0.09,
     ("glm-4.7-flash", 6, 4): 0.03,
     ("glm-4.7-flash", 3, 8): 0.03,
     ("nvidia-nemotron-nano-9b-v2", "M-*M-M*-M", 4): 0.04,
@@ -141,16 +137,24 @@ GLM-4.5: of reserved bytes, 20 to 80 MiB; of allocated ones at most 0.017. Nemot
 of allocated ones 0.002, with LoRA of 9 layers 2.9 MB.
 
 Qwen 3's mixture: of reserved ones, 262 to 294 MiB where two micro batches wait for their reduction, and 138 MiB; of allocated
-ones up to 0.02, of `load` 0.11. Where tokens take experts in turn, of reserved ones 340 MiB (3.2 per cent of four layers), and
-of twelve layers -1.4; of allocated ones 0.02, of `step` 0.05. Moonlight in fp32 without an exchange: of
-reserved ones 46 MiB. Moonlight: of allocated ones up to 0.08, of `load` and `step` up to 0.16, of blocks of experts
-that the allocator leaves unsplit; of reserved ones 0.37, and -1.2 where tokens take experts in turn. DeepSeek-V3: `load`
-is 7.7 per cent low.
+ones up to 0.02, of `load` 0.11. Moonlight in fp32 without an exchange: of reserved ones 46 MiB. Moonlight: of allocated ones up
+to 0.08, of `load` and `step` up to 0.16, of blocks of experts that the allocator leaves unsplit; of reserved ones 0.37.
 Nemotron 3 Nano: of reserved ones 34 MiB of five layers in
 full, 24 with LoRA of eight; of allocated ones up to 0.035, of such blocks, and so 3.5 Lightning. Nemotron 3 Super: of
 allocated ones 2.1 MB in full; of reserved ones 74 MiB with LoRA, and of five layers of Lightning 24. Qwen 3 4B with flashoptim:
-of `step` 1.8 MB. Llama 3.1 8B with LoRA operation by operation and dropout: of reserved ones
-62 MiB."""
+of `step` 1.8 MB. Llama 3.1 8B with LoRA operation by operation and dropout: of reserved ones 62 MiB."""
+IN_TURN = {
+    ("qwen3-30b-a3b", 4, 2): 3.2,
+    ("qwen3-30b-a3b", 12, 4): 1.4,
+    ("qwen3-30b-a3b", 3, 4): 1.8,
+    ("qwen3-30b-a3b", 8, 4): 0.95,
+    ("moonlight-16b-a3b", 4, 2): 1.2,
+    ("moonlight-16b-a3b", 8, 4): 0.3,
+}
+"""The same of reserved bytes where tokens take experts in turn: at most 340 MiB of four layers. `load` of DeepSeek-V3, which is
+7.7 per cent low, is not compared."""
+ALLOCATED_IN_TURN = 0.11
+"""Per cent of allocated bytes there: of Moonlight without checkpoints; of the others at most 0.08."""
 
 LEFT = 3 * 2 * (64 + 2 * 8) * 64
 """Bytes for each token of gpt-oss that torch's compiler left to Python's garbage collector in rehearsals over several GPUs
@@ -211,10 +215,13 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
         del drifts["reserved"]
     tail = TAIL.get(f"{row['model']} {row['options'].get('target_modules')}", 0.0)
     reserved = SHARED_SEGMENTS.get(row["model"], LARGEST["reserved"])
-    loose = LOOSE.get((row["model"], row["layers"], row["options"].get("batch_size", 1)), 0.0)
+    key = row["model"], row["layers"], row["options"].get("batch_size", 1)
+    in_turn = "balanced" in row["options"].get("kernels", "")
+    loose = 0.0 if in_turn else LOOSE.get(key, 0.0)
     if "cp_size" in row["options"]:
         loose = SHARED_ROWS[(row["model"], row["options"]["seq_len"], row.get("rank", 0))]
     most = {"allocated": max(LARGEST["allocated"], tail, loose), "reserved": max(reserved, loose)}
+    most = {"allocated": ALLOCATED_IN_TURN, "reserved": IN_TURN.get(key, 0.1)} if in_turn else most
     most = IN_8_BITS if "torchao-float8" in row["options"].get("kernels", "") else most
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
     phases = {phase: kept for phase, kept in phases.items() if (row["model"], phase) != ("deepseek-v3", "load")}
@@ -755,7 +762,9 @@ def test_how_many_ranks_a_token_reaches_that_takes_experts_in_turn(
 def test_what_of_tokens_that_take_experts_in_turn_was_rehearsed(options: dict[str, Any], known: bool) -> None:
     job: dict[str, Any] = {"model": "qwen3-30b-a3b", "method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8}
     job |= {"ep_size": 8, "gradient_checkpointing": True, "kernels": "te-norm,deepep-again,te-linear,balanced"}
-    assert (peftplan.estimate(**job | {"loss": "full-no-upcast"} | options).peaks is not None) is known
+    result = peftplan.estimate(**job | {"loss": "full-no-upcast"} | options)
+    assert (result.peaks is not None) is known
+    assert any("uneven routing" in warning for warning in result.warnings) is ("balanced" not in (job | options)["kernels"])
 
 
 @pytest.mark.parametrize(("ranks", "stated"), [(8, True), (16, False)])

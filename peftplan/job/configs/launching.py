@@ -195,10 +195,8 @@ def _processes(result: Launched, tool: str, launch: Mapping[str, object], enviro
         of_machine = OF_CLUSTER.get(cluster := str(launch.get("ci.cluster_tag")), ASSUMED_GPUS)
         if count is None and nodes is None and int(str(owners)) > of_machine:
             if cluster in OF_CLUSTER:
-                count, result.assumed["gpus"] = (
-                    of_machine,
-                    f"the launcher takes all GPUs of a machine; {of_machine}, as {cluster} has",
-                )
+                count = of_machine
+                result.assumed["gpus"] = f"the launcher takes all GPUs of a machine; {of_machine}, as {cluster} has"
             nodes, tested = -(-int(str(owners)) // of_machine), launch.get("ci.nodes")
             nodes = nodes if tested is None else tested
             result.assumed["nodes"] = f"the launcher decides; {nodes}, " + (
