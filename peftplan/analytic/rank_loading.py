@@ -127,7 +127,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         stays={**whole_sizes(parameters, holding.parameters), **({} if normed is None else {(normed.bytes(),): 1})},
         keeps_ends=not versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         widened=built == "deepseek_v3" and job.setup.dtype != "fp32",
-        in_4_bits=built == "gpt_oss",
+        in_4_bits=built == "gpt_oss" and kernels.gate is None,
         stacks=kernels.experts is not None and kernels.gate is None,
         reads=kernels.gate is None,  # no checkpoint has a model without routers
         workspaces=(TE_WORKSPACE,) if kernels.dense is not None else (),

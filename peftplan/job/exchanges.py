@@ -133,6 +133,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
         Exchanged(("hybridep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
         Exchanged(("te-norm.rms_norm", *OF_DOCUMENTS, "te-experts.experts"), ONE_BY_ONE, False, True, rows="few"),
+        Exchanged(("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ANY_ADAM, False, True),
         Exchanged((), ADAMW, False, True),
         Exchanged((), ADAMW, False, True, "lora"),
     ),

@@ -259,7 +259,7 @@ SCANNING = ("nemotron_h", "falcon_h1")
 """Model types with Mamba 2, whose formula is that of mamba-ssm's function."""
 DIVIDED = ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss", "minimax_m2", "glm_moe_dsa", "ernie4_5_moe")
 """Mixtures whose experts NeMo Automodel divides among ranks."""
-WITH_FAKE_GATE = ("qwen3_moe", "deepseek_v3")
+WITH_FAKE_GATE = ("qwen3_moe", "deepseek_v3", "gpt_oss")
 """Those of them whose experts the tool's fake gate gave tokens in turn."""
 DELTA_RULES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 """Model types with a gated delta rule that flash-linear-attention computes."""
@@ -280,7 +280,7 @@ OF_PACKAGE = {
     "hybridep": ("gpt_oss", "qwen3_moe", "deepseek_v3", "minimax_m2", "glm_moe_dsa", "qwen3_next", "qwen3_vl_moe", "qwen3_5_moe"),
     "torch-norm": ("llama", "qwen2", "qwen3_moe"),
     "torch-lora": ("llama", "qwen2"),
-    "te-norm": ("gpt_oss", "nemotron_h", *WITH_FAKE_GATE),
+    "te-norm": ("nemotron_h", *WITH_FAKE_GATE),
     **dict.fromkeys(("deepep-again", "balanced"), WITH_FAKE_GATE),
     "mamba-ssm": SCANNING,
     "fla": DELTA_RULES,
