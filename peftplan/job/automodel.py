@@ -170,7 +170,7 @@ def knows_experts(job: Job) -> bool:
         gathers = kernels_of(kernels).exchange is None
         if not (whole and alike(distributed.ep_size, mlp.num_experts, mlp.num_experts_per_tok)):
             return False
-        if gathers and distributed.ep_size > MOST_GATHERING:
+        if gathers and distributed.ep_size > MOST_GATHERING[_in_stages(job)]:
             return False
     return alone and plain and here and whole and any(_resembles(job, shown) for shown in EXCHANGES[model_type])
 
@@ -198,15 +198,15 @@ OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def _reads_as_rehearsed(job: Job) -> bool:
     """Whether layers are of a kind that was rehearsed: DeepSeek's without compressed queries, and experts of no groups, of which
-    some are chosen first, but in stages without an exchange, or where tokens take experts in turn over HybridEP (over DeepEP a
-    rehearsal held 1.1 % more); GLM-5's with torch's attention over rows of which an indexer chooses every key."""
+    some are chosen first, but in stages without an exchange, or where tokens take experts in turn, though not over DeepEP
+    (a rehearsal held 1.1 % more); GLM-5's with torch's attention over rows of which an indexer chooses every key."""
     setup, by_torch = job.setup, job.setup.attn_implementation == "sdpa"
     chosen = job.architecture.blocks[-1].attentions[0].num_chosen_keys if job.architecture.blocks[-1].attentions else None
     if chosen is not None and (setup.seq_len > chosen or setup.padding or not by_torch):
         return False
     router = job.architecture.blocks[-1].mlp.router
     grouped = job.architecture.model_type in ("deepseek_v3", "glm_moe_dsa") and router.groups > 1
-    grouped = grouped and not {IN_TURN, "hybridep.exchange"}.issubset(setup.kernels or ())
+    grouped = grouped and not (IN_TURN in (setup.kernels or ()) and "deepep.exchange" not in (setup.kernels or ()))
     compressed = grouped and (bool(setup.kernels) or not by_torch or not _in_stages(job))
     return not compressed
 

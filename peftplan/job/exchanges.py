@@ -46,8 +46,8 @@ def alike(ranks: int, experts: int, k: int) -> bool:
 
 
 IN_TURN = "balanced.gate"
-MOST_GATHERING = 8
-"""Ranks that gathered the tokens of all where these took experts in turn."""
+MOST_GATHERING = {False: 8, True: 64}
+"""Ranks that gathered the tokens of all where these took experts in turn, without and in stages."""
 ADAMW, ONE_BY_ONE = ("adamw_torch",), ("adam_one_by_one",)
 ANY_ADAM = ("adamw_torch", "adam")
 OF_NEMOTRON = ("mamba-ssm.scan", "deepep.exchange")
@@ -106,6 +106,8 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
     "qwen3_next": (Exchanged(("hybridep.exchange",), ADAMW, True, True),),
     "deepseek_v3": (
+        Exchanged(("torch-norm.rms_norm", IN_TURN), ADAMW, False, True),
+        Exchanged(("torch-norm.rms_norm", IN_TURN), ADAMW, True, True, stages=True, whole=True),
         Exchanged(
             ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, False, True, shared=True, stages=True
         ),

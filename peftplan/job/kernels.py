@@ -278,7 +278,7 @@ OF_PACKAGE = {
     **dict.fromkeys(("uccl", "te-experts"), DIVIDED),
     "te-linear": (*DIVIDED, "qwen3_vl_moe"),
     "hybridep": ("gpt_oss", "qwen3_moe", "deepseek_v3", "minimax_m2", "glm_moe_dsa", "qwen3_next", "qwen3_vl_moe", "qwen3_5_moe"),
-    "torch-norm": ("llama", "qwen2", "qwen3_moe"),
+    "torch-norm": ("llama", "qwen2", *WITH_FAKE_GATE),
     "torch-lora": ("llama", "qwen2"),
     "te-norm": ("nemotron_h", *WITH_FAKE_GATE),
     **dict.fromkeys(("deepep-again", "balanced"), WITH_FAKE_GATE),

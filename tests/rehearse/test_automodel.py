@@ -146,9 +146,10 @@ of `step` 1.8 MB. Llama 3.1 8B with LoRA operation by operation and dropout: of 
 IN_TURN = {
     ("qwen3-30b-a3b", 4, 2): 3.2,
     ("qwen3-30b-a3b", 12, 4): 1.4,
-    ("qwen3-30b-a3b", 3, 4): 1.8,
+    ("qwen3-30b-a3b", 3, 4): 0.46,
     ("qwen3-30b-a3b", 8, 4): 0.95,
     ("moonlight-16b-a3b", 4, 2): 1.2,
+    ("moonlight-16b-a3b", 5, 4): 0.11,
     ("moonlight-16b-a3b", 8, 4): 0.3,
     ("gpt-oss-120b", 4, 1): 1.5,
 }
@@ -760,6 +761,9 @@ OF_GPT_OSS: dict[str, Any] = {"model": "gpt-oss-120b", "kernels": "te-norm,hybri
         ({"optim": "adam_one_by_one"}, False),
         ({"kernels": "torch-norm,balanced"}, True),
         ({"kernels": "torch-norm,balanced", "gpus": 16, "ep_size": 16}, False),
+        ({"kernels": "torch-norm,balanced", "gradient_checkpointing": False}, False),
+        ({"model": "moonlight-16b-a3b", "kernels": "torch-norm,balanced", "gradient_checkpointing": False}, True),
+        ({"model": "moonlight-16b-a3b", "kernels": "torch-norm,balanced"}, False),
         ({"model": "moonlight-16b-a3b"}, False),
         ({"model": "moonlight-16b-a3b", "kernels": "te-norm,deepep,te-linear,balanced"}, True),
         ({"model": "deepseek-v3", "kernels": "te-norm,hybridep,te-linear,balanced", "gpus": 64, "ep_size": 64}, True),

@@ -27,6 +27,7 @@ from peftplan.memory.models.automodel_ep import gate as corrected_gate
 from peftplan.memory.models.automodel_exchange import GPUS_OF_NODE, combined, dispatched, on_own, permuted, received, unpermuted
 from peftplan.memory.models.automodel_hybrid import experts as over_hybrid_ep
 from peftplan.memory.models.automodel_latent import latent_attention, of_latent
+from peftplan.memory.models.automodel_loop import in_a_loop
 from peftplan.memory.models.automodel_moe import Activated, masked_rows, projected, rotary_table
 from peftplan.memory.models.automodel_moe import experts as of_all_ranks
 from peftplan.memory.models.automodel_moe import gate as gate_behind
@@ -75,7 +76,7 @@ def qwen3_moe(model: Model) -> Tensor:
     """`Qwen3MoeModel.forward`."""
     exchange = model.running.kernels.exchange
     if exchange is None:
-        gathers = partial(mixture, divided=partial(of_all_ranks, between=gated))
+        gathers = partial(mixture, divided=in_a_loop)
         return of_heads(model, HEADS._replace(attention=attention_of_torch, mixture=gathers, by_head=True))
     return of_heads(model, HEADS._replace(mixture=partial(mixture, divided=over_hybrid_ep)) if exchange.hybrid else HEADS)
 
@@ -274,9 +275,9 @@ def adapted(f: Tape, product: Callable[..., Tensor], x: Tensor, out: Tensor, fac
 def deepseek_v3(model: Model) -> Tensor:
     """`DeepseekV3Model.forward`, whose ranks gather all tokens without an exchange."""
     style = LATENT._replace(mixture=partial(shared_mixture, after=False))
-    exchange = model.running.kernels.exchange
+    exchange, in_turn = model.running.kernels.exchange, model.running.kernels.gate is not None
     if exchange is None or exchange.hybrid:
-        divided = partial(of_all_ranks, between=gated) if exchange is None else over_hybrid_ep
+        divided = over_hybrid_ep if exchange is not None else in_a_loop if in_turn else partial(of_all_ranks, between=gated)
         style = style._replace(mixture=partial(shared_mixture, after=False, divided=divided))
     return of_latent(model, style)
 
