@@ -75,14 +75,18 @@ MOST_DEALING = 8
 8.8 %."""
 
 
+UNSTATED_BY_HYBRID = ("deepseek_v3", "glm4_moe")
+"""Model types whose reserved bytes over HybridEP were not within 3 % of the replay, or not rehearsed over eight ranks."""
+
+
 def _deals_tokens(job: Job) -> bool:
-    """Whether tokens take experts in turn as reserved bytes were not within 3 % of the replay: DeepSeek-V3's and those over more
-    than eight ranks without stages, and Qwen 3's in stages where several ranks own the same experts."""
+    """Whether tokens take experts in turn as reserved bytes were not within 3 % of the replay: those of `UNSTATED_BY_HYBRID` and
+    over more than eight ranks without stages, and Qwen 3's in stages where several ranks own the same experts."""
     kernels, distributed, model_type = job.setup.kernels or (), job.distributed, job.architecture.model_type
     if IN_TURN not in kernels or distributed is None:
         return False
     if (distributed.pp_size or 1) == 1:
-        return (distributed.ep_size or 1) > MOST_DEALING or (model_type == "deepseek_v3" and "hybridep.exchange" in kernels)
+        return (distributed.ep_size or 1) > MOST_DEALING or (model_type in UNSTATED_BY_HYBRID and "hybridep.exchange" in kernels)
     return model_type == "qwen3_moe" and distributed.shards != distributed.ep_size
 
 

@@ -53,6 +53,7 @@ ANY_ADAM = ("adamw_torch", "adam")
 OF_NEMOTRON = ("mamba-ssm.scan", "deepep.exchange")
 OF_DOCUMENTS = ("te.attention", "deepep.exchange", "te-linear.dense")
 OF_HYBRID = ("te.attention", "hybridep.exchange", "te-linear.dense", "te-experts.experts")
+OF_HYBRID_IN_TURN = ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense")
 EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "gemma4": tuple(Exchanged(("deepep.exchange",), ADAMW, False, False, method) for method in ("partial", "lora")),
     "qwen3_5_moe": (
@@ -76,6 +77,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("hybridep.exchange",), ADAMW, False, True, "lora", stages=True),
     ),
     "glm4_moe": (
+        Exchanged(OF_HYBRID_IN_TURN, ADAMW, False, False, shared=True),
         Exchanged((), (), False, False, shared=True),
         Exchanged((), ADAMW, False, True, syncs=True, stages=True),
     ),

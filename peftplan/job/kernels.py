@@ -259,7 +259,7 @@ SCANNING = ("nemotron_h", "falcon_h1")
 """Model types with Mamba 2, whose formula is that of mamba-ssm's function."""
 DIVIDED = ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss", "minimax_m2", "glm_moe_dsa", "ernie4_5_moe")
 """Mixtures whose experts NeMo Automodel divides among ranks."""
-WITH_FAKE_GATE = ("qwen3_moe", "deepseek_v3", "gpt_oss")
+WITH_FAKE_GATE = ("qwen3_moe", "deepseek_v3", "gpt_oss", "glm4_moe")
 """Those of them whose experts the tool's fake gate gave tokens in turn."""
 DELTA_RULES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 """Model types with a gated delta rule that flash-linear-attention computes."""
@@ -276,8 +276,11 @@ OF_PACKAGE = {
     "te": ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss", "nemotron_h"),
     "deepep": (*DIVIDED, "gemma4", "qwen3_vl_moe", "qwen3_5_moe"),
     **dict.fromkeys(("uccl", "te-experts"), DIVIDED),
-    "te-linear": (*DIVIDED, "qwen3_vl_moe"),
-    "hybridep": ("gpt_oss", "qwen3_moe", "deepseek_v3", "minimax_m2", "glm_moe_dsa", "qwen3_next", "qwen3_vl_moe", "qwen3_5_moe"),
+    "te-linear": (*DIVIDED, "glm4_moe", "qwen3_vl_moe"),
+    "hybridep": (
+        *("gpt_oss", "glm4_moe", "qwen3_moe", "deepseek_v3", "minimax_m2", "glm_moe_dsa", "qwen3_next", "qwen3_vl_moe"),
+        "qwen3_5_moe",
+    ),
     "torch-norm": ("llama", "qwen2", *WITH_FAKE_GATE),
     "torch-lora": ("llama", "qwen2"),
     "te-norm": ("nemotron_h", *WITH_FAKE_GATE),

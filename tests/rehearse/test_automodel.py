@@ -751,6 +751,9 @@ OF_GPT_OSS: dict[str, Any] = {"model": "gpt-oss-120b", "kernels": "te-norm,hybri
 }
 
 
+OF_GLM: dict[str, Any] = OF_GPT_OSS | {"model": "glm-4.5-air", "gradient_accumulation_steps": 1, "gpus": 64, "ep_size": 64}
+
+
 @pytest.mark.parametrize(
     ("options", "known"),
     [
@@ -774,6 +777,10 @@ OF_GPT_OSS: dict[str, Any] = {"model": "gpt-oss-120b", "kernels": "te-norm,hybri
         (OF_GPT_OSS | {"kernels": "te-norm,deepep,te-linear,balanced"}, False),
         (OF_GPT_OSS | {"seq_len": 2048}, False),  # 8,192 rows of experts
         (OF_GPT_OSS | {"batch_size": 4}, False),  # chunks of rows
+        (OF_GLM, True),
+        (OF_GLM | {"gradient_accumulation_steps": 2}, False),
+        (OF_GLM | {"gradient_checkpointing": True}, False),
+        (OF_GLM | {"seq_len": 1024}, False),  # 8,192 rows of experts, which get their weights at once
     ],
 )
 def test_what_of_tokens_that_take_experts_in_turn_was_rehearsed(options: dict[str, Any], known: bool) -> None:

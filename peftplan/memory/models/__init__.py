@@ -123,10 +123,6 @@ def forward_of(model_type: str, *, own_modules: bool = False, own_decoders: bool
             from peftplan.memory.models.automodel_gemma4 import gemma4
 
             return gemma4
-        if model_type == "glm4_moe":
-            from peftplan.memory.models.automodel_ep import glm4_moe
-
-            return glm4_moe
         if model_type in ("qwen3_next", "qwen3_5"):
             from peftplan.memory.models import automodel_next
 

@@ -24,6 +24,7 @@ from peftplan.memory.models.automodel_ep import activated as activated_alone
 from peftplan.memory.models.automodel_ep import attention as attention_of_torch
 from peftplan.memory.models.automodel_ep import divided, gated, rows_of, turned, weighted
 from peftplan.memory.models.automodel_ep import gate as corrected_gate
+from peftplan.memory.models.automodel_ep import glm4_moe as in_torch
 from peftplan.memory.models.automodel_exchange import GPUS_OF_NODE, combined, dispatched, on_own, permuted, received, unpermuted
 from peftplan.memory.models.automodel_hybrid import experts as over_hybrid_ep
 from peftplan.memory.models.automodel_latent import latent_attention, of_latent
@@ -282,12 +283,21 @@ def deepseek_v3(model: Model) -> Tensor:
     return of_latent(model, style)
 
 
+def glm4_moe(model: Model) -> Tensor:
+    """`Glm4MoeModel.forward`, of which `automodel_ep` has torch's layers."""
+    if model.running.kernels.dense is None:
+        return in_torch(model)
+    divided = partial(over_hybrid_ep, after=True)
+    return of_heads(model, HEADS._replace(mixture=partial(shared_mixture, after=True, divided=divided)))
+
+
 HEADS = Style(norm=opaque_rms, layer=layer)
 LATENT = Style(norm=opaque_rms, layer=layer, attention=latent_attention)
 SPARSE = LATENT._replace(mixture=partial(shared_mixture, after=False, divided=over_hybrid_ep))
 FORWARDS: dict[str, Callable[[Model], Tensor]] = {
     "qwen3_moe": qwen3_moe,
     "gpt_oss": gpt_oss,
+    "glm4_moe": glm4_moe,
     "minimax_m2": minimax_m2,
     "glm4_moe_lite": partial(of_latent, style=LATENT._replace(mixture=partial(shared_mixture, after=True))),
     "deepseek_v3": deepseek_v3,

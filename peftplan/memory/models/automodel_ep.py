@@ -227,7 +227,9 @@ def dispatched(f: Tape, x: Tensor, weights: Tensor, layout: tuple[Tensor, ...], 
     return out, Tensor(of_rows.storage, (*rows, 1), "fp32", node, 1)
 
 
-def _dispatched_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, object], g: Tensor, h: Tensor) -> Gradients:
+def _dispatched_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, object], g: Tensor, h: Tensor | None = None) -> Gradients:
+    """Weights that nothing read behind the exchange have a gradient of zeros."""
+    h = f.new(g.dims[:-1], "fp32", "zeros") if h is None else h
     return f.new(saved[0], g.dtype, "combine"), f.new(saved[1], "fp32", "combine")
 
 
@@ -263,8 +265,10 @@ def _gated_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor
 
 
 def weighted(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
-    """`_RouterWeightMulFunction`: products in fp32, chunk by chunk; keeps both."""
-    node = f.record(_weighted_backward, (x, weights), x.detach(), weights.detach())
+    """`_RouterWeightMulFunction`: products in fp32, chunk by chunk; keeps both, or the weights alone if they have no gradient."""
+    alone = weights.node is None
+    kept = (None if alone else x.detach(), weights.detach())
+    node = f.record(_weighted_backward, (x,) if alone else (x, weights), x.dtype, *kept)
     out = f.new(x.dims, x.dtype, "empty", node)
     chunk = (CHUNK, x.dims[-1])
     wide, product = f.new(chunk, "fp32", "to"), f.new(chunk, "fp32", "mul")
@@ -274,22 +278,24 @@ def weighted(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
     return out
 
 
-def _weighted_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor) -> Gradients:
+def _weighted_backward(f: Tape, node: Node, saved: tuple[str, Tensor | None, Tensor], g: Tensor) -> Gradients:
     """A chunk of the gradient in fp32 lives until the next one is there."""
-    x, weights = saved
-    of_x, of_weights = f.new(x.dims, g.dtype, "empty"), f.new(weights.dims, "fp32", "empty_like")
-    chunk = (CHUNK, x.dims[-1])
+    dtype, x, weights = saved
+    of_x, of_weights = f.new(g.dims, dtype, "empty"), None if x is None else f.new(weights.dims, "fp32", "empty_like")
+    chunk = (CHUNK, g.dims[-1])
     for _ in "first", "next":
         wide = f.new(chunk, "fp32", "to")
         product = f.new(chunk, "fp32", "mul")
         narrow = f.new(chunk, g.dtype, "to")
         del product, narrow
+        if of_weights is None:
+            continue
         other, product = f.new(chunk, "fp32", "to"), f.new(chunk, "fp32", "mul")
         del other
         total = f.new((CHUNK, 1), "fp32", "sum")
         del product, total
     del wide
-    return of_x, of_weights
+    return (of_x,) if of_weights is None else (of_x, of_weights)
 
 
 STYLE = Style(norm=opaque_rms, layer=layer, by_head=True)

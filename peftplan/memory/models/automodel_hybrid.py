@@ -1,4 +1,4 @@
-"""Experts of gpt-oss and Qwen 3 as NeMo Automodel divides them with HybridEP's exchange of tokens, beside Transformer Engine's
+"""Experts of gpt-oss, Qwen 3 and GLM-4.5 as NeMo Automodel divides them with HybridEP's exchange, beside Transformer Engine's
 attention.
 
 Source: nemo_automodel 0.7.0, components/moe/experts.py (`GroupedExpertsDeepEP`, `GroupedExpertsTE`), megatron/token_dispatcher.py
@@ -13,15 +13,16 @@ from functools import partial
 from peftplan.memory.experts import grouped, to_local
 from peftplan.memory.fused_attention import number
 from peftplan.memory.models.automodel_chunks import in_chunks
-from peftplan.memory.models.automodel_ep import combined, dispatched, exchange, gated, on_all
+from peftplan.memory.models.automodel_ep import activated, combined, dispatched, exchange, gated, on_all, weighted
 from peftplan.memory.models.automodel_moe import projected
 from peftplan.memory.models.style import Call
 from peftplan.memory.units import experts as experts_of
 from peftplan.tape.tensors import Node, Tensor
 
 
-def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    """`forward` of the experts: rows of other ranks in the order of this rank's experts, and back."""
+def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor, *, after: bool = False) -> Tensor:
+    """`forward` of the experts: rows of other ranks in the order of this rank's experts, and back. `after`: weights multiply what
+    the experts give."""
     f, units, unit = c.at("mlp.experts"), c.model.units, experts_of(c.number)
     dims, (x, weights) = x.dims, units.enter_with_all(unit, x, weights)
     params = c.model.part(f"{c.style.stack}.mlp.experts", c.number).params
@@ -46,6 +47,12 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         offsets = f.new((owned,), "int32", "to")
         out = product(chosen, up, up.dims[1], offsets=offsets)
         del chosen
-        second = product(gated(f, out, probabilities), down, down.dims[1], offsets=offsets)
-        del out
+        if after:
+            inner = activated(f, out, f.new(probabilities.dims, "fp32", "ones_like"))
+        else:
+            inner = gated(f, out, probabilities)
+        second = product(inner, down, down.dims[1], offsets=offsets)
+        del inner, out
+        if after:  # the fake gate's weights have no gradient
+            second = weighted(f, second, probabilities if c.model.running.kernels.gate is None else probabilities.detach())
     return units.leave(unit, combined(f, second, layout, dims))
