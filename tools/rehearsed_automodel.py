@@ -39,6 +39,9 @@ from tools.checkpoints import further_pattern, in_4_bits, in_8_bits, rename, rew
 from tools.rank_grid import cut
 from tools.rehearsed_recipes import complete, kept_of
 
+SUBCLASSED = {"kimi_k2": "deepseek_v3"}
+"""Model types that transformers does not know → those of which the tool's config is a subclass without fields of its own
+(components/models/kimi_k2/config.py)."""
 SHARED: dict[str, Any] = {"trainer": "automodel", "strategy": "fsdp2", "gpus": 8}
 """Options of every job."""
 PROJECTIONS = "*_proj"
@@ -104,7 +107,8 @@ def options(row: dict[str, Any]) -> dict[str, Any]:
     job = SHARED | row["options"]
     if job["gpus"] == 1:
         del job["strategy"]
-    return {"model": cut(row["model"], row["layers"]), **job}
+    model = cut(row["model"], row["layers"])
+    return {"model": model | {"model_type": SUBCLASSED.get(model["model_type"], model["model_type"])}, **job}
 
 
 def documents(row: dict[str, Any]) -> int:
@@ -194,7 +198,7 @@ def _merged(section: Any, settings: Any) -> Any:
 def run(row: dict[str, Any]) -> dict[str, Any]:
     """The row with what the recipe held."""
     with TemporaryDirectory() as folder, TemporaryDirectory() as output:
-        standins.write_repository(Path(folder), {**cut(row["model"], row["layers"]), "dtype": row.get("checkpoint", "bfloat16")})
+        standins.write_repository(Path(folder), {**options(row)["model"], "dtype": row.get("checkpoint", "bfloat16")})
         if (names := PUBLISHED.get(options(row)["model"]["model_type"])) is not None:
             rename(Path(folder) / "model.safetensors", names)
         if pattern := further_pattern(options(row)["model"]):

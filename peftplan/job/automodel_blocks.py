@@ -17,6 +17,9 @@ from peftplan.job.built import blocks_of_ernie, of_type
 def as_automodel_builds(architecture: Architecture, config: Mapping[str, object], *, balanced: bool = False) -> Architecture:
     """The architecture whose routers have the model's dtype, and whose class leaves logits in it (nemo_automodel 0.7.0,
     components/models/*/model.py, `_keep_in_fp32_modules_strict`). `balanced`: without routers (components/moe/layers.py:760)."""
+    if (model_type := SUBCLASSED.get(architecture.model_type)) is not None:
+        read = read_config(of_type(config, model_type), name=architecture.name)
+        architecture = replace(architecture, model_type=model_type, blocks=read.blocks)
     if architecture.model_type in BLOCKS_BY_AUTOMODEL and not architecture.blocks:
         blocks = BLOCKS_BY_AUTOMODEL[architecture.model_type](config, architecture.name)
         architecture = replace(architecture, blocks=blocks, logits_ops=())
@@ -66,3 +69,6 @@ def _blocks_of_glm_5(config: Mapping[str, object], name: str) -> tuple[Block, ..
 
 BLOCKS_BY_AUTOMODEL = {"minimax_m2": _blocks_of_minimax, "glm_moe_dsa": _blocks_of_glm_5, "ernie4_5_moe": blocks_of_ernie}
 """Model types without a reader whose modules NeMo Automodel builds → their layers."""
+SUBCLASSED = {"kimi_k2": "deepseek_v3"}
+"""Model types of which the tool's config is a subclass of another's, without fields of its own, and its model that of the other
+(components/models/kimi_k2/config.py; _transformers/registry.py, `DeepseekV3ForCausalLM`)."""

@@ -118,6 +118,9 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         ),
         Exchanged(("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
         Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ONE_BY_ONE, False, True),
+        Exchanged(
+            ("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True, stages=True, whole=True
+        ),
         Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
         Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),
         Exchanged(OF_DOCUMENTS, ADAMW, False, False),

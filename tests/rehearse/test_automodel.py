@@ -523,7 +523,7 @@ def test_what_the_recipe_alone_does(settings: dict[str, str], message: str) -> N
 def test_each_model_type_was_rehearsed() -> None:
     files = (Path(__file__).with_name(f"{name}.jsonl").read_text(encoding="utf-8") for name in ("pipeline", "automodel_vl"))
     elsewhere = [json.loads(line) for lines in files for line in lines.splitlines()]
-    types = {cut(row["model"], row["layers"])["model_type"] for row in (*ROWS, *NEXT, *elsewhere)}
+    types = {options(row)["model"]["model_type"] for row in (*ROWS, *NEXT, *elsewhere)}
     assert types == {*REHEARSED_QUANTIZED, *(model_type for model_type, _ in WITH_TOWERS)}
 
 
@@ -750,6 +750,10 @@ OF_GPT_OSS: dict[str, Any] = {"model": "gpt-oss-120b", "kernels": "te-norm,hybri
     "gradient_accumulation_steps": 3,
 }
 
+OF_KIMI: dict[str, Any] = {"model": "kimi-k2-instruct", "kernels": "te-norm,deepep,te-linear,balanced", "gpus": 64, "ep_size": 32}
+OF_KIMI |= {"pp_size": 2, "pp_schedule": "interleaved1f1b", "pp_layers_per_stage": 2, "pp_round_stages": "down"}
+OF_KIMI |= {"pp_microbatches": 4, "seq_len": 512}
+
 
 OF_GLM: dict[str, Any] = OF_GPT_OSS | {"model": "glm-4.5-air", "gradient_accumulation_steps": 1, "gpus": 64, "ep_size": 64}
 
@@ -771,6 +775,9 @@ OF_GLM: dict[str, Any] = OF_GPT_OSS | {"model": "glm-4.5-air", "gradient_accumul
         ({"model": "moonlight-16b-a3b", "kernels": "te-norm,deepep,te-linear,balanced"}, True),
         ({"model": "deepseek-v3", "kernels": "te-norm,hybridep,te-linear,balanced", "gpus": 64, "ep_size": 64}, True),
         ({"model": "deepseek-v3", "kernels": "te-norm,deepep,te-linear,balanced", "gpus": 64, "ep_size": 64}, False),
+        (OF_KIMI, True),
+        (OF_KIMI | {"gpus": 128, "ep_size": 64}, False),  # some ranks get more tokens
+        (OF_KIMI | {"gradient_checkpointing": False}, False),
         (OF_GPT_OSS, True),
         (OF_GPT_OSS | {"optim": "adam", "gpus": 64, "ep_size": 64}, True),
         (OF_GPT_OSS | {"gradient_checkpointing": True}, False),

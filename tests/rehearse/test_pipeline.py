@@ -38,7 +38,7 @@ of reserved ones 1.1 GiB, where gradients of 32 experts have 2.4 GB in each of t
 DEALT = {"allocated": 0.03, "reserved": 2.5}
 """Per cent, where tokens take experts in turn: 1 to 6 MB; of reserved ones 1.1 GB of DeepSeek-V3's last stage, 0.3 of Qwen 3's,
 whose reserved bytes are not stated where several ranks own the same experts (-6.5 %)."""
-LARGEST_FORWARD = {"qwen3-235b-a22b": 2.8, "deepseek-v3": 1.3}
+LARGEST_FORWARD = {"qwen3-235b-a22b": 2.8, "deepseek-v3": 1.3, "kimi-k2-instruct": 1.8}
 """Per cent of the forward of a last stage, which counts the head's all-gather in a later micro batch too, where the tool keeps
 the head gathered (`enable_fsdp_optimizations`): it is larger than logits of 512 tokens, and below the peak."""
 OF_TEXT_PARTS = ("qwen3-vl-30b-a3b-instruct", "qwen3.5-35b-a3b")

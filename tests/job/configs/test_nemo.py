@@ -690,6 +690,7 @@ def test_a_star_names_experts_of_other_mixtures_too(model: str) -> None:
         ("deepseek-ai/DeepSeek-V3.2", 671_771_498_752),
         ("MiniMaxAI/MiniMax-M2.5", 228_640_990_208),
         ("moonshotai/Moonlight-16B-A3B", 15_956_700_672),
+        ("moonshotai/Kimi-K2-Base", 1_026_243_058_688),
         ("Qwen/Qwen3-30B-A3B", 30_519_539_712),
     ],
 )
