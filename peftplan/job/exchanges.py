@@ -53,6 +53,7 @@ ANY_ADAM = ("adamw_torch", "adam")
 OF_NEMOTRON = ("mamba-ssm.scan", "deepep.exchange")
 OF_DOCUMENTS = ("te.attention", "deepep.exchange", "te-linear.dense")
 OF_HYBRID = ("te.attention", "hybridep.exchange", "te-linear.dense", "te-experts.experts")
+OF_DEEP_IN_TURN = ("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense")
 OF_HYBRID_IN_TURN = ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense")
 EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "gemma4": tuple(Exchanged(("deepep.exchange",), ADAMW, False, False, method) for method in ("partial", "lora")),
@@ -67,6 +68,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, False, True, "partial", shared=True, stages=True, whole=True),
     ),
     "minimax_m2": (
+        Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, stages=True),
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, True, True, shared=True, stages=True),
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, False, True, stages=True),
         Exchanged(("hybridep.exchange",), ADAMW, False, True, "lora", apart=True),
@@ -78,22 +80,22 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
     "glm4_moe": (
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, False, False, shared=True),
+        Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, shared=True, stages=True),
         Exchanged((), (), False, False, shared=True),
         Exchanged((), ADAMW, False, True, syncs=True, stages=True),
     ),
     "glm4_moe_lite": (
+        Exchanged(OF_DEEP_IN_TURN, ADAMW, True, True, apart=True),
         Exchanged(OF_DOCUMENTS, ONE_BY_ONE, False, False),
         Exchanged(("deepep.exchange", "te-linear.dense"), ADAMW, True, True, syncs=True, apart=True),
     ),
     "qwen3_moe": (
-        Exchanged(
-            ("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True, shared=True, stages=True
-        ),
+        Exchanged(OF_DEEP_IN_TURN, ADAMW, True, True, shared=True, stages=True),
         Exchanged(("torch-norm.rms_norm", IN_TURN), ADAMW, True, True),
         Exchanged(("te-norm.rms_norm", "deepep-again.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
-        Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
-        Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, False, True),
-        Exchanged(("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
+        Exchanged(OF_DEEP_IN_TURN, ADAMW, True, True),
+        Exchanged(OF_DEEP_IN_TURN, ADAMW, False, True),
+        Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True),
         Exchanged(
             ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense", "te-experts.experts"),
             *(ONE_BY_ONE, True, True),
@@ -110,18 +112,12 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "deepseek_v3": (
         Exchanged(("torch-norm.rms_norm", IN_TURN), ADAMW, False, True),
         Exchanged(("torch-norm.rms_norm", IN_TURN), ADAMW, True, True, stages=True, whole=True),
-        Exchanged(
-            ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, False, True, shared=True, stages=True
-        ),
-        Exchanged(
-            ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True, shared=True, stages=True
-        ),
-        Exchanged(("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
-        Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ONE_BY_ONE, False, True),
-        Exchanged(
-            ("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True, stages=True, whole=True
-        ),
-        Exchanged(("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
+        Exchanged(OF_HYBRID_IN_TURN, ADAMW, False, True, shared=True, stages=True),
+        Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, shared=True, stages=True),
+        Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True),
+        Exchanged(OF_DEEP_IN_TURN, ONE_BY_ONE, False, True),
+        Exchanged(OF_DEEP_IN_TURN, ADAMW, True, True, stages=True, whole=True),
+        Exchanged(OF_DEEP_IN_TURN, ADAMW, True, True),
         Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),
         Exchanged(OF_DOCUMENTS, ADAMW, False, False),
         Exchanged((), ADAMW, False, True, pretrains=True),
@@ -140,7 +136,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
         Exchanged(("hybridep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
         Exchanged(("te-norm.rms_norm", *OF_DOCUMENTS, "te-experts.experts"), ONE_BY_ONE, False, True, rows="few"),
-        Exchanged(("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense"), ANY_ADAM, False, True),
+        Exchanged(OF_HYBRID_IN_TURN, ANY_ADAM, False, True),
         Exchanged((), ADAMW, False, True),
         Exchanged((), ADAMW, False, True, "lora"),
     ),

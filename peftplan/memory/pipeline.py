@@ -23,6 +23,7 @@ from peftplan.distributed.fsdp2 import Fsdp2
 from peftplan.distributed.pipeline import Action, Stage
 from peftplan.distributed.strategy import Distributed
 from peftplan.distributed.units import Unit
+from peftplan.job.loss_sizes import NO_UPCAST
 from peftplan.ledger import Category
 from peftplan.memory.heads import logits_of
 from peftplan.memory.lasting import kept_on_card
@@ -284,7 +285,10 @@ class OfRank(OneGpu):
             if action.micro_batch == 1 and output.storage is not None:  # those that are left out
                 f.counts[output.storage.number] = self.chunks - max(each.micro_batch for each in self.actions)
             f.module = ""
-            self.losses[action.micro_batch] = cross_entropy(f, whole_logits(f, output))
+            whole = whole_logits(f, output)
+            dtype = whole.dtype if self.models[action.stage].running.loss == NO_UPCAST else "fp32"
+            self.losses[action.micro_batch] = cross_entropy(f, whole, dtype=dtype)
+            del whole
         self.outputs[action.stage, action.micro_batch] = output
 
     def _run_backward(self, f: Tape, action: Action) -> None:

@@ -756,6 +756,10 @@ OF_KIMI |= {"pp_microbatches": 4, "seq_len": 512}
 
 
 OF_GLM: dict[str, Any] = OF_GPT_OSS | {"model": "glm-4.5-air", "gradient_accumulation_steps": 1, "gpus": 64, "ep_size": 64}
+OF_FLASH: dict[str, Any] = {"model": "glm-4.7-flash", "kernels": "te-norm,deepep,te-linear,balanced", "seq_len": 4096} | {
+    "pp_stage_is_unit": False,
+    "gradient_accumulation_steps": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -786,6 +790,9 @@ OF_GLM: dict[str, Any] = OF_GPT_OSS | {"model": "glm-4.5-air", "gradient_accumul
         (OF_GPT_OSS | {"batch_size": 4}, False),  # chunks of rows
         (OF_GLM, True),
         (OF_GLM | {"gradient_accumulation_steps": 2}, False),
+        (OF_FLASH, True),
+        (OF_FLASH | {"pp_stage_is_unit": None}, False),
+        ({"model": "minimax-m2.5", "kernels": "te-norm,hybridep,te-linear,balanced"}, False),  # without stages
         (OF_GLM | {"gradient_checkpointing": True}, False),
         (OF_GLM | {"seq_len": 1024}, False),  # 8,192 rows of experts, which get their weights at once
     ],

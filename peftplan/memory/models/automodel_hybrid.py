@@ -47,10 +47,8 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor, *, after: bool
         offsets = f.new((owned,), "int32", "to")
         out = product(chosen, up, up.dims[1], offsets=offsets)
         del chosen
-        if after:
-            inner = activated(f, out, f.new(probabilities.dims, "fp32", "ones_like"))
-        else:
-            inner = gated(f, out, probabilities)
+        ones = f.new(probabilities.dims, "fp32", "ones_like") if after else None
+        inner = gated(f, out, probabilities) if ones is None else activated(f, out, ones)
         second = product(inner, down, down.dims[1], offsets=offsets)
         del inner, out
         if after:  # the fake gate's weights have no gradient
