@@ -97,9 +97,10 @@ TRAINING: dict[str, str] = {
     "--optim-target-modules": "modules that GaLore and APOLLO project",
     "--optimizer-in-backward/--no-optimizer-in-backward": "update each parameter as soon as its gradient is ready (torchtune)",
     "--attn-implementation": "attention kernels; default: sdpa if the model supports it",
-    "--kernels": "kernels that replace the model's: unsloth, unsloth-compiled, unsloth-tiled, unsloth-rows, unsloth-padded, "
-    "unsloth-offload, unsloth-experts, unsloth-qat-int4|int8-int4|lora, axolotl, axolotl-fused, axolotl-offload, trl-offload, "
-    "swift-offload, liger, torchao (QAT), torchao-int4, torchao-mxfp4, torchao-float8, te, mamba-ssm, fla, deepep, "
+    "--kernels": "kernels that replace the model's: unsloth, unsloth-compiled, unsloth-tiled, unsloth-rows, unsloth-function, "
+    "unsloth-padded, unsloth-offload, unsloth-experts, unsloth-qat-int4|int8-int4|lora, axolotl, axolotl-fused, "
+    "axolotl-offload, trl-offload, swift-offload, liger, torchao (QAT), torchao-int4, torchao-mxfp4, torchao-float8, te, "
+    "mamba-ssm, fla, deepep, "
     "deepep-again, hybridep, uccl, balanced, te-linear, te-experts, te-norm, torch-norm, torch-lora, or parts of them",
     "--loss": f"how the loss is computed: {', '.join(get_args(Loss))}; default: auto, the trainer's",
     "--logits-to-keep": "compute logits only for the last N tokens of each sequence",

@@ -161,6 +161,8 @@ def recorded(job: "Job") -> "Recorded | None":
         return None  # recorded of one row
     if row is not None and row.tiles and (setup.batch_size > 1 or setup.seq_len < 2 * (job.architecture.hidden_size or 0)):
         return None  # recorded of one row of two tiles or more
+    if row is not None and layers.by_function:
+        row = row._replace(by_function=True)
     padded = row is not None and (row.generates or setup.seq_len % BLOCK_OF_FLEX == 0 or setup.seq_len >= LONG)
     return None if row is not None and (row.first is not None or row.tiles) and not padded else row
 

@@ -75,13 +75,14 @@ class CompiledLayers(NamedTuple):
 
     `scheme`: how torchao fake-quantizes their linear layers, as Unsloth's `qat_scheme` names it. `rows`: the rows of a batch stay
     apart, as a collator of the program's own makes them. `tiles`: MLPs run over as many tokens at once as a hidden state has
-    numbers.
+    numbers. `by_function`: the loss is that of `memory.unsloth_function_loss`, whatever the record's was.
     """
 
     source: str
     scheme: str = ""
     rows: bool = False
     tiles: bool = False
+    by_function: bool = False
 
 
 class PaddingFree(NamedTuple):

@@ -70,6 +70,10 @@ KERNELS: dict[str, Kernel] = {
     "unsloth-tiled.checkpoint": UNSLOTH_CHECKPOINT,
     "unsloth-rows.layers": CompiledLayers("unsloth 2026.10.9, models/_block_compile.py (`patch_block_compile`)", rows=True),
     "unsloth-rows.checkpoint": UNSLOTH_CHECKPOINT,
+    "unsloth-function.layers": CompiledLayers(
+        "unsloth_zoo 2026.10.9, fused_losses/forward_adapter.py (`unsloth_fused_lm_head_loss`)", rows=True, by_function=True
+    ),
+    "unsloth-function.checkpoint": UNSLOTH_CHECKPOINT,
     "unsloth-padded.decoder": UNSLOTH_DECODER,
     "unsloth-padded.layers": CompiledLayers("unsloth 2026.10.9, models/llama.py (`_legacy_block_compile`)", rows=True),
     "unsloth-padded.checkpoint": UNSLOTH_CHECKPOINT,

@@ -111,21 +111,29 @@ OF_FALCON = [
     (16, (2, 2048), (1_327_889_408, 1_054_979_072, 217_028_096), 1_363_148_800),
     (16, (2, 1300), (1_024_329_216, 759_309_824, 216_922_112), 1_063_256_064),
 ]
+BY_FUNCTION = [
+    (16, (2, 2048), (1_575_384_064, 1_054_881_280, 216_930_304), 1_860_173_824),
+    (16, (2, 1300), (1_079_858_176, 759_247_360, 216_859_648), 1_352_663_040),
+]
 """Rank, batch size and length, two micro batches; as above of four layers of Falcon H1 0.5B in NF4 without checkpoints:
 transformers 5.17.0, trl 1.15.0, bitsandbytes 0.50.2, torch 2.13.0, mamba-ssm 2.3.2, whose kernels were not timed with shorter
-rows. Rank 16 with transformers 4.56.2 and trl 0.22.2, whose loss is the fused kernel."""
+rows. Rank 16 with transformers 4.56.2 and trl 0.22.2, whose loss is the fused kernel; `BY_FUNCTION` with transformers 5.17.0 and
+trl 1.15.0, whose loss is that by torch.func."""
 
 
-@pytest.mark.parametrize(("r", "sizes", "by_phase", "reserved"), OF_FALCON)
+@pytest.mark.parametrize(
+    ("kernels", "r", "sizes", "by_phase", "reserved"),
+    [*(("unsloth-rows", *ran) for ran in OF_FALCON), *(("unsloth-function", *ran) for ran in BY_FUNCTION)],
+)
 def test_layers_that_keep_what_they_made(
-    r: int, sizes: tuple[int, int], by_phase: tuple[int, ...], reserved: int, monkeypatch: pytest.MonkeyPatch
+    kernels: str, r: int, sizes: tuple[int, int], by_phase: tuple[int, ...], reserved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first step times the kernel of the loss beside all that the layers keep: 256 MiB more, which decide what is reserved.
     Backward is above what ran by the incoming gradient and a layer's own, which end halfway there."""
     config = {**copy.deepcopy(load_config("falcon-h1-0.5b-base")), "dtype": "bfloat16", "num_hidden_layers": 4}
     rows = [{**row, "model": "falcon_h1"} for row in ROWS if row["model"] == "falcon-h1-0.5b-base"]
     monkeypatch.setattr(compiled_layers, "load", lambda *_: rows)
-    peaks = estimate(config, **{**FALCON, "r": r}, batch_size=sizes[0], seq_len=sizes[1]).peaks
+    peaks = estimate(config, **{**FALCON, "r": r, "kernels": kernels}, batch_size=sizes[0], seq_len=sizes[1]).peaks
     assert peaks is not None
     forward, backward, step = by_phase
     assert [peaks.by_phase[phase] for phase in ("forward", "step")] == pytest.approx((forward, step), rel=0.0006)
@@ -156,11 +164,12 @@ def test_the_notebook_of_falcon_has_a_peak() -> None:
     assert result.peaks is not None
 
 
-def test_a_lower_rank_has_a_peak_beside_transformers_4() -> None:
-    """Its notebook pins that release, which ends in the fused loss."""
-    pinned = "!pip install transformers==4.56.2" + OF_ALPACA.replace("r=64", "r=16").replace("batch_size=1", "batch_size=2")
-    plan = of_notebook(pinned)
+@pytest.mark.parametrize(("pinned", "kernels"), [("!pip install transformers==4.56.2", "rows"), ("", "function")])
+def test_a_lower_rank_has_a_peak_beside_both_releases_of_transformers(pinned: str, kernels: str) -> None:
+    """One of its notebooks pins transformers 4, whose forward ends in the fused loss."""
+    plan = of_notebook(pinned + OF_ALPACA.replace("r=64", "r=16").replace("batch_size=1", "batch_size=2"))
     assert not plan.unsupported
+    assert plan.options["kernels"] == f"unsloth-{kernels}"
     result = estimate(config=plan)
     assert (result.trainable_parameters, result.bound) == (8_404_992, None)
     assert result.peaks is not None
@@ -168,7 +177,7 @@ def test_a_lower_rank_has_a_peak_beside_transformers_4() -> None:
 
 @pytest.mark.parametrize(
     ("written", "instead"),
-    [("=0.1", "=0"), ("checkpointing=False", "checkpointing=True"), ("4bit=True", "4bit=False"), ("r=64", "r=16")],
+    [("=0.1", "=0"), ("checkpointing=False", "checkpointing=True"), ("4bit=True", "4bit=False"), ("r=64", "r=32")],
 )
 def test_other_notebooks_of_falcon_have_no_record(written: str, instead: str) -> None:
     result = estimate(config=of_notebook(OF_ALPACA.replace(written, instead)))
