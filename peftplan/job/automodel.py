@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peftplan.dtypes import ITEMSIZE
 from peftplan.job.automodel_scans import knows_recorded, knows_scan
 from peftplan.job.beside_towers import is_mixture, knows_tower
-from peftplan.job.exchanges import EXCHANGES, IN_TURN, MOST_GATHERING, Exchanged, Rows, alike
+from peftplan.job.exchanges import EXCHANGES, IN_TURN, MOST_GATHERING, ONE_BY_ONE, Exchanged, Rows, alike
 from peftplan.job.further_tokens import OF_QWEN, attends_then_mixes
 from peftplan.job.kernels import BY_OPERATION, SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART, RECEIVED
@@ -110,8 +110,10 @@ EXPERTS_AT_ONCE = 2**29
 
 
 def tokens_unchunked(job: Job) -> int | None:
-    """Tokens of a batch whose experts run over all rows at once; above, chunks of rows are checkpoints. None where all do."""
-    if not builds(job) or job.architecture.model_type != "gpt_oss" or kernels_of(job.setup.kernels or ()).exchange is None:
+    """Tokens of a batch whose experts run over all rows at once; above, chunks of rows are checkpoints. None where all do, and
+    of Transformer Engine's experts."""
+    kernels = kernels_of(job.setup.kernels or ())
+    if not builds(job) or job.architecture.model_type != "gpt_oss" or kernels.exchange is None or kernels.experts is not None:
         return None
     mlp = job.architecture.blocks[-1].mlp
     return EXPERTS_AT_ONCE // (mlp.num_experts_per_tok * 2 * mlp.intermediate_size * ITEMSIZE[str(job.setup.dtype)])
@@ -232,7 +234,8 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     beside = (setup.kernels or ()) == shown.kernels and bool(setup.gradient_checkpointing) is shown.checkpoints
     as_often = (not several and not shown.apart) or (shown.several and shown.syncs is bool(distributed.sync_each_batch))
     stepped = not shown.optims or setup.optim in shown.optims
-    owns = shown.shared or distributed.shards == distributed.ep_size
+    stacked = setup.optim in ONE_BY_ONE or "te-experts.experts" not in shown.kernels  # torch steps no tensors beside DTensors
+    owns = stacked if distributed.shards == distributed.ep_size else shown.shared
     ranks = (getattr(job.config, "r", 8), *getattr(job.config, "rank_pattern", {}).values())
     aligned = all(rank % 8 == 0 for rank in ranks)  # others of experts are padded (components/_peft/lora_experts.py)
     short = bool(shown.kernels) or setup.seq_len <= (longest_row(job) or setup.seq_len)

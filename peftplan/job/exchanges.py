@@ -137,6 +137,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("hybridep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
         Exchanged(("te-norm.rms_norm", *OF_DOCUMENTS, "te-experts.experts"), ONE_BY_ONE, False, True, rows="few"),
         Exchanged(OF_HYBRID_IN_TURN, ANY_ADAM, False, True),
+        Exchanged((*OF_HYBRID_IN_TURN, "te-experts.experts"), ANY_ADAM, False, True, shared=True),
         Exchanged((), ADAMW, False, True),
         Exchanged((), ADAMW, False, True, "lora"),
     ),

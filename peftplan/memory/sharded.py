@@ -130,10 +130,12 @@ def units_of(
 
 
 def _members(p: Parameter, shard: Parameter, ranks: int, dtype: str | None, *, apart: bool) -> Iterator[Member]:
-    """What is gathered of a parameter: one tensor, or those of torchao's nf4."""
+    """What is gathered of a parameter: one tensor, one of each expert that Transformer Engine has apart, or those of torchao's
+    nf4."""
     wholes = gathered_by_torchao(p)
     if not wholes:
-        yield _member(p, shard, ranks, dtype, apart=apart)
+        member, count = _member(p, shard, ranks, dtype, apart=apart), sum(a.name == "weight" for a in shard.allocations)
+        yield from [member._replace(numel=member.numel // count)] * count
     for whole, a in zip(wholes, gathered_by_torchao(shard), strict=True):
         numel = prod(a.dims)
         yield Member(

@@ -750,6 +750,7 @@ OF_GPT_OSS: dict[str, Any] = {"model": "gpt-oss-120b", "kernels": "te-norm,hybri
     "gradient_accumulation_steps": 3,
 }
 
+BY_ENGINE = OF_GPT_OSS | {"kernels": "te-norm,hybridep,te-linear,te-experts,balanced", "gpus": 32, "ep_size": 16, "batch_size": 4}
 OF_KIMI: dict[str, Any] = {"model": "kimi-k2-instruct", "kernels": "te-norm,deepep,te-linear,balanced", "gpus": 64, "ep_size": 32}
 OF_KIMI |= {"pp_size": 2, "pp_schedule": "interleaved1f1b", "pp_layers_per_stage": 2, "pp_round_stages": "down"}
 OF_KIMI |= {"pp_microbatches": 4, "seq_len": 512}
@@ -788,6 +789,8 @@ OF_FLASH: dict[str, Any] = {"model": "glm-4.7-flash", "kernels": "te-norm,deepep
         (OF_GPT_OSS | {"kernels": "te-norm,deepep,te-linear,balanced"}, False),
         (OF_GPT_OSS | {"seq_len": 2048}, False),  # 8,192 rows of experts
         (OF_GPT_OSS | {"batch_size": 4}, False),  # chunks of rows
+        (BY_ENGINE, True),  # which no product of experts divides into chunks
+        (BY_ENGINE | {"ep_size": 32}, False),
         (OF_GLM, True),
         (OF_GLM | {"gradient_accumulation_steps": 2}, False),
         (OF_FLASH, True),

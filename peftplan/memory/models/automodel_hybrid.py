@@ -39,8 +39,8 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor, *, after: bool
         second = in_chunks(f, params, chosen, probabilities)
     elif "down_proj_bias" in params:
         offsets = f.new((owned,), "int32", "to")
-        few = c.model.running.rows_of_experts == "few"
-        second, _ = projected(f, params, chosen, probabilities, offsets, few=few)
+        few, by_engine = c.model.running.rows_of_experts == "few", c.model.running.kernels.experts is not None
+        second, _ = projected(f, params, chosen, probabilities, offsets, few=few, by_engine=by_engine)
     else:
         up, down = (to_local(f, params[name]) for name in ("gate_up_proj", "down_proj"))
         product = partial(grouped, f, kernel=True, bias=None)

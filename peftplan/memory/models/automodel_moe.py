@@ -225,16 +225,19 @@ def projected(
     *,
     few: bool,
     between: Activated | None = None,
+    by_engine: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What experts give for their rows, and what the second product read: weights multiply what is between, and the second
-    bias. `few`: biases are added to all rows at once."""
+    bias. `few`: biases are added to all rows at once. `by_engine`: Transformer Engine's products add them, and what weights take
+    of the second bias comes behind (`GroupedExpertsTE`)."""
     up, down = params.get("gate_up_proj") or params["up_proj"], params["down_proj"]
     first, second = (params.get(f"{matrix}_bias") for matrix in ("gate_up_proj", "down_proj"))
     add = added_at_once if few else biased
     out = grouped(f, x, up, number(up.dims[2 if between is None else 1]), kernel=True, bias=None, offsets=offsets)
-    out = out if first is None else add(f, out, first, None)
+    out = out if first is None or by_engine else add(f, out, first, None)
     out = (between or activated)(f, out, weights)
     result = grouped(f, out, down, x.dims[-1], kernel=True, bias=None, offsets=offsets)
+    weights = ops.shift(f, weights, "sub") if by_engine else weights
     return result if second is None else add(f, result, second, weights), out
 
 
