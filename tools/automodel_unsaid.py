@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -175,3 +177,26 @@ def pack_by_positions(settings: dict[str, Any]) -> None:
     utils._is_packed_sequence = lambda _positions, batch_size: batch_size == 1
     utils.prepare_fa_kwargs_from_position_ids = ends
     kernel_patches.HAS_FA = True
+
+
+def launch_nothing_of_quack() -> None:
+    """Make quack-kernels' functions allocate what they do, and compile and run no kernel, of which the emulated card has none."""
+    load, ctypes.CDLL = ctypes.CDLL, _Loaded  # type: ignore[misc]
+    rmsnorm: Any = importlib.import_module("quack.rmsnorm")
+    rotary: Any = importlib.import_module("quack.rotary")
+    ctypes.CDLL = load  # type: ignore[misc]
+    rmsnorm._compile_rmsnorm_fwd = rmsnorm._compile_rmsnorm_bwd = _unlaunched
+    rotary.RotaryKernel.compile = staticmethod(_unlaunched)
+
+
+class _Loaded(ctypes.CDLL):
+    """A library other than the driver, whose version the emulated card does not say."""
+
+    def __init__(self, name: Any, *settings: Any, **more: Any) -> None:
+        if name == "libcuda.so.1":
+            raise OSError(name)
+        super().__init__(name, *settings, **more)
+
+
+def _unlaunched(*_: Any, **__: Any) -> Callable[..., None]:
+    return lambda *_: None

@@ -289,6 +289,8 @@ def recipe() -> None:
         hybrid_ep.install(top_k, dealt=bool(backend.get("fake_balanced_gate")))
     if settings["model"].get("attn_implementation") == "flash_attention_2":
         unsaid.pack_by_positions(settings)
+    if "quack" in backend.values():
+        unsaid.launch_nothing_of_quack()
     if backend.get("attn") == "magi":
         unsaid.register_unused("magi_attention")
     unsaid.hide_nothing()

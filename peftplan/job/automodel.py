@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from peftplan.dtypes import ITEMSIZE
+from peftplan.job.automodel_quack import knows_quack
 from peftplan.job.automodel_scans import knows_recorded, knows_scan
 from peftplan.job.beside_towers import is_mixture, knows_tower
 from peftplan.job.exchanges import EXCHANGES, IN_TURN, MOST_GATHERING, ONE_BY_ONE, Exchanged, Rows, alike
@@ -331,6 +332,7 @@ def without_formula(job: Job) -> str | None:
         "torchao's layers as they were not rehearsed": not _knows_layers(job),
         "LoRA operation by operation, as it was not rehearsed": BY_OPERATION in (setup.kernels or ())
         and not _knows_by_operation(job),
+        "quack's kernels as they were not rehearsed": not knows_quack(job),
         "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss"
         and not (_knows_mixture(job) or knows_experts(job)),

@@ -114,6 +114,8 @@ KERNELS: dict[str, Kernel] = {
     "liger.rope": Rotary("liger-kernel, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
     "torch-norm.rms_norm": Norm("torch, native/cuda/layer_norm_kernel.cu (`_fused_rms_norm`)", False, 0, in_python=False),
     "te-norm.rms_norm": Norm("transformer-engine 2.20.2, pytorch/ops/basic/rmsnorm.py (`RMSNorm`)", False, 0),
+    "quack.rms_norm": Norm("quack-kernels 0.6.4, rmsnorm.py (`RMSNormFunction`)", reuses_gradient=False, partial_rows=2),
+    "quack.rope": Rotary("quack-kernels 0.6.4, rotary.py (`ApplyRotaryEmb`)", backward_in_place=True),
     "torch-lora.adapters": ByOperation(
         "nemo_automodel 0.7.0, components/_peft/lora.py (`LinearLoRA.forward` without `use_memory_efficient_lora`)"
     ),
@@ -157,7 +159,8 @@ OF_EXPERTS = (
     *("balanced.gate", "te-linear.dense", "te-experts.experts"),
 )
 BY_OPERATION = "torch-lora.adapters"
-OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS, *OF_EXPERTS, "torch-norm.rms_norm", "te-norm.rms_norm", BY_OPERATION)
+OF_QUACK = ("quack.rms_norm", "quack.rope")
+OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS, *OF_EXPERTS, "torch-norm.rms_norm", "te-norm.rms_norm", *OF_QUACK, BY_OPERATION)
 """Kernels of NeMo Automodel's recipe, and of no other trainer."""
 
 
@@ -286,7 +289,7 @@ OF_PACKAGE = {
         "qwen3_5_moe",
     ),
     "torch-norm": ("llama", "qwen2", *WITH_FAKE_GATE),
-    "torch-lora": ("llama", "qwen2"),
+    **dict.fromkeys(("torch-lora", "quack"), ("llama", "qwen2")),
     "te-norm": ("nemotron_h", *WITH_FAKE_GATE),
     **dict.fromkeys(("deepep-again", "balanced"), WITH_FAKE_GATE),
     "mamba-ssm": SCANNING,

@@ -815,3 +815,23 @@ def test_reserved_bytes_are_not_stated_where_more_ranks_get_tokens_in_turn(ranks
     peaks = peftplan.estimate(**job, seq_len=512, gpus=ranks, ep_size=ranks).peaks
     assert peaks is not None
     assert (peaks.reserved is not None) is stated
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"model": "llama-3.1-8b"}, False),
+        ({"model": "llama-3.1-8b", "kernels": "quack.rope"}, True),
+        ({"kernels": "quack.rope"}, False),
+        ({"model": "qwen2.5-1.5b"}, False),
+        ({"batch_size": 2}, False),
+        ({"gradient_checkpointing": False}, False),
+        ({"loss": "full"}, False),
+    ],
+)
+def test_what_of_quack_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    """Norms as wide as Qwen2.5 7B's, and one row, whose queries and keys alone are turned where they lie."""
+    job: dict[str, Any] = {"model": "qwen2.5-7b", "method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8}
+    job |= {"gradient_checkpointing": True, "kernels": "quack", "loss": "cut-apart"}
+    assert (peftplan.estimate(**job | options).peaks is not None) is known

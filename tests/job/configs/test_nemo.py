@@ -181,6 +181,23 @@ def test_nemo_folds_rollouts_into_rows_of_dense_layers() -> None:
     assert (plan.options["kernels"], plan.options["seq_len"], plan.unsupported) == ("torch-norm", 192, {})
 
 
+@pytest.mark.parametrize(
+    ("model", "backend", "rows", "kernels"),
+    [
+        ("meta-llama/Llama-3.1-8B", {"rope": "quack"}, 1, "quack.rope"),
+        ("Qwen/Qwen2.5-7B", {"rope": "quack", "rms_norm": "quack"}, 1, "quack"),
+        ("Qwen/Qwen2.5-7B", {"rope": "quack", "rms_norm": "quack"}, 2, None),
+        ("Qwen/Qwen2.5-7B", {"rope": "quack"}, 1, None),
+    ],
+)
+def test_nemo_takes_kernels_of_quack(model: str, backend: dict[str, str], rows: int, kernels: str | None) -> None:
+    """Batches of several rows are turned into new tensors (0.7.0, components/models/llama/rope_utils.py:104)."""
+    of_model = NEMO_MODEL | {"pretrained_model_name_or_path": model, "backend": backend}
+    plan = of_nemo({"strategy": "fsdp2"}, model=of_model, step_scheduler={"local_batch_size": rows})
+    assert plan.options.get("kernels") == kernels
+    assert ("model.backend.rope" in plan.unsupported) is (kernels is None)
+
+
 def test_nemo_started_by_skypilot() -> None:
     sky = {"cloud": "kubernetes", "accelerators": "H100:4", "num_nodes": 2, "hf_token": "${HF_TOKEN}"}
     plan = of_nemo(
