@@ -84,6 +84,7 @@ LOOSE = {
     ("gpt-oss-20b", 2, 8): 0.21,
     ("gpt-oss-20b", 2, 2): 0.04,
     ("gpt-oss-20b", 4, 1): 2.4,
+    ("gpt-oss-20b", 4, 4): 0.03,
     ("glm-4.7-flash", 4, 8): 1.3,
     ("moonlight-16b-a3b", 4, 8): 0.16,
     ("qwen3-30b-a3b", 8, 4): 0.8,
@@ -115,7 +116,8 @@ garbage collector; it came earlier with 16 rows. Over DeepEP: of reserved ones 0
 Transformer Engine's layers: of reserved ones 0.12, over packed rows 2.4, of allocated ones 0.02. Without an exchange: of
 allocated ones 5.3 MB beside `LEFT`; reserved ones -1.08 with eight layers in full, and else not stated.
 
-Over packed rows with its experts and norms: of allocated ones 0.05, of reserved ones -0.02 and 0.21.
+Over packed rows with its experts and norms: of allocated ones 0.05, of reserved ones -0.02 and 0.21. With its norms, and
+flashoptim's optimizer: of allocated ones 3.5 MB (0.01).
 
 Qwen2.5 0.5B with torch's norms: of `load` and `step` 0.5 MB, which the allocator leaves of the embedding's segment behind a
 matrix; of allocated ones 0.04 and -0.007, of reserved ones 0.24 and 0.06.

@@ -965,3 +965,11 @@ def test_which_vision_language_models_of_nemo_have_a_formula(
     assert ("model" not in plan.unsupported) is known
     assert plan.unsupported == {} or not known
     assert plan.options.get("kernels", "none") in ("none", "deepep")
+
+
+@pytest.mark.parametrize(("weight", "known"), [(0.00001, True), (0.0, False)])
+def test_the_weight_of_the_balancing_loss_of_gpt_oss(weight: float, known: bool) -> None:
+    """components/models/gpt_oss/model.py:127: without a weight there is no loss that balances the experts."""
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "openai/gpt-oss-20b", "router_aux_loss_coef": weight}
+    plan = of_nemo({"strategy": "fsdp2", "ep_size": 8}, model=model)
+    assert ("model.router_aux_loss_coef" not in plan.unsupported) is known
