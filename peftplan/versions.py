@@ -130,6 +130,7 @@ ULYSSES_TAKEN = Change("deepspeed", (0, 18, 2), "accelerate refuses `sp_size` wi
 LEFTOVERS_RELEASED = Change(
     "deepspeed", (0, 19, 3), "ZeRO-3 has `release_backward_leftovers` and `update_recompute_parameters`; 0.19.2 has neither"
 )
+FSDP1_UPCASTS = Change("accelerate", (0, 30), "`Accelerator.prepare_model` casts FSDP1's flat parameters that train to fp32")
 FSDP2_UPCASTS_WHAT_TRAINS = Change("accelerate", (1, 14), "`fsdp2_prepare_model` casts `param.data` of what trains to fp32")
 FSDP2_UPCASTS_ALL = Change("accelerate", (1, 13), "`fsdp2_prepare_model` has no `model.to(torch.float32)`")
 PINNED_ACCELERATE = "1.11"

@@ -529,6 +529,10 @@ def fsdp1_jobs() -> Iterator[JobName]:
     yield "fsdp1", "qlora", 4, {"use_reentrant": True, "accumulation": 3, "batch_size": 2, "fsdp": flat_on_host}
     yield "fsdp1", "qlora", 4, {}
     yield "fsdp1", "lora", 4, {"autocast": "none"}
+    for ahead_or_not in ({}, ahead):
+        yield "fsdp1", "full", 4, {"autocast": "none", "fsdp": ahead_or_not}
+    yield "fsdp1", "full", 4, {"autocast": "none", "optim": "adamw_torch"}
+    yield "fsdp1", "full", 4, {"autocast": "none", "config": {"tie_word_embeddings": True}}
     for method in METHODS:
         yield "fsdp1", method, 8, {"fsdp": {"dp_shard_size": 4}}
 

@@ -14,6 +14,7 @@ from typing import Any
 import peftplan
 from peftplan.analytic.shown import OVER_4_BITS, PLAIN_METHODS, TRACED_METHODS
 from peftplan.arch import catalogue
+from peftplan.errors import RefusedError
 
 KEPT = Path(__file__).parents[1] / "tests" / "distributed" / "traced_methods.jsonl"
 LAYERS = 4
@@ -35,6 +36,8 @@ OTHER_MODELS = {
     "zero3": ("adalora", "houlsby", "p-tuning"),
 }
 """Strategy → methods that are traced with a second model and other numbers of ranks too."""
+NOT_CAST = {"accelerate": "0.28", "dtype": "fp16", "autocast": "fp16", "adapter_dtype": "fp16", "optim": "adamw_torch"}
+"""FSDP1 before accelerate casts what trains to fp32."""
 STRATEGIES = ("fsdp2", "zero1", "zero2", "zero3")
 
 
@@ -49,6 +52,8 @@ def jobs() -> Iterator[dict[str, Any]]:
             yield {"model": "qwen2.5-0.5b", "strategy": strategy, **SIZES, **named}
     for named in ({"method": "full", "optim": "sgd"}, {"method": "full", "optim": "schedule_free_adamw"}, {"method": "dora"}):
         yield {"model": "qwen2.5-0.5b", "strategy": "fsdp2", **SIZES, **named, "offload_params": "cpu"}
+    for method, model in (("full", "pythia-160m"), ("lora", "llama-3.2-1b")):
+        yield {"model": model, "strategy": "fsdp1", **SIZES, "method": method, **NOT_CAST}
     for strategy, methods in OTHER_MODELS.items():
         for number, method in enumerate(methods):
             model, gpus = (("llama-3.2-1b", 8), ("gemma-3-270m", 2))[number % 2]
@@ -100,6 +105,10 @@ if __name__ == "__main__":
     known = [{name: value for name, value in row.items() if name != "traced"} for row in kept()]
     with KEPT.open("a", encoding="utf-8") as file:
         for job in jobs():
-            if job not in known:
+            if job in known:
+                continue
+            try:
                 file.write(json.dumps({**job, "traced": peaks(job, "trace")}) + "\n")
-                file.flush()
+            except RefusedError as error:
+                print(job, error)
+            file.flush()

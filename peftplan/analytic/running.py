@@ -295,6 +295,7 @@ def program_of(job: Job) -> Program:
         beta=setup.by.beta if setup.beta is None else setup.beta,
         frees_outputs=job.script.outputs_end_with_backward or job.setup.by.holds_outputs,
         scales=setup.autocast == "fp16",
+        unscales_fp16=job.distributed is not None and job.distributed.strategy == "fsdp1",
         copies_outputs=copies_outputs(job.distributed),
     )
 

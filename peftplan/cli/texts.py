@@ -139,7 +139,7 @@ GPUS: dict[str, str] = {
     "--accelerate-config": "an accelerate config file (YAML)",
     "--deepspeed": "a DeepSpeed config file (JSON); auto is filled in as by transformers",
     "--tool-version": "release of the training tool; axolotl before 0.21 loads and checkpoints differently, has FSDP1",
-    "--accelerate": "accelerate release that prepares the model; before 1.14 its FSDP2 units and casts differ",
+    "--accelerate": "accelerate release that prepares the model; before 1.14 FSDP2 differs, before 0.30 FSDP1 casts nothing",
     "--deepspeed-version": "DeepSpeed release that runs ZeRO-3; before 0.19.3 it keeps weights that no hook releases",
     "--reshard-after-forward": "FSDP: free gathered weights after forward; true, false, or a number of ranks",
     "--dp-shard-size": "FSDP: ranks per shard group; the groups are replicas (HSDP)",

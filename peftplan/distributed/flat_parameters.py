@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from math import prod
 
+from peftplan import versions
 from peftplan.distributed.holding import Holding, place_of
 from peftplan.distributed.order import tensors
 from peftplan.distributed.strategy import Distributed
@@ -52,11 +53,12 @@ def parts_of(parameters: Parameters, distributed: Distributed, *, autocast: str)
 def _cast(parameters: Parameters, distributed: Distributed, autocast: str) -> Iterator[tuple[Parameter, bool]]:
     """The parameters as accelerate casts their flat ones, and whether these train."""
     beside = {id(p) for p in beside_trained(parameters, distributed)}
+    upcasts = autocast != "none" and not versions.FSDP1_UPCASTS.after(distributed.accelerate)
     for p in parameters.all:
         trained = p.trainable or id(p) in beside
-        if trained and autocast != "none" and p.quantized:
+        if trained and upcasts and p.quantized:
             p = _packed_in(p, "fp32")
-        elif trained and autocast != "none" and p.dtype in SIXTEEN_BITS:
+        elif trained and upcasts and p.dtype in SIXTEEN_BITS:
             p = p._replace(dtype="fp32", allocations=dense(dtype="fp32", shape=p.shape))
         yield p, trained
 

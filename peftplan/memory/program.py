@@ -35,6 +35,9 @@ class Program(NamedTuple):
     """What the optimizer steps over, where it is not the whole parameters."""
     scales: bool = False
     """Whether the loss is scaled, as accelerate does for `mixed_precision="fp16"`."""
+    unscales_fp16: bool = False
+    """Whether the scaler takes gradients in fp16, as FSDP1's does (torch, distributed/fsdp/sharded_grad_scaler.py,
+    `_unscale_grads_`)."""
     syncs_each_batch: bool = False
     """Whether gradients are reduced in every micro batch, not in the last alone."""
     forwards: tuple[Forward, ...] = LOSS

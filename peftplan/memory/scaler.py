@@ -31,10 +31,10 @@ class Scaler:
         """`scale`: what backward starts from."""
         return ops.mul(f, loss, self.scale)
 
-    def unscale(self, f: Tape, dtypes: Collection[str]) -> None:
-        """`unscale_` of gradients of these dtypes. Raises RefusedError as torch raises ValueError for fp16 ones; for bf16 its
-        kernel (`_amp_foreach_non_finite_check_and_unscale_cuda`) raises NotImplementedError."""
-        if narrow := {"fp16", "bf16"}.intersection(dtypes):
+    def unscale(self, f: Tape, dtypes: Collection[str], *, takes_fp16: bool = False) -> None:
+        """`unscale_` of gradients of these dtypes. Raises RefusedError as torch raises ValueError for fp16 ones, unless it takes
+        them; for bf16 its kernel (`_amp_foreach_non_finite_check_and_unscale_cuda`) raises NotImplementedError."""
+        if narrow := {"bf16", *(() if takes_fp16 else ("fp16",))}.intersection(dtypes):
             raise RefusedError(cannot_unscale(max(narrow)))
         wide = f.new((), "fp64", "double")
         inverse = f.new((), "fp64", "reciprocal")

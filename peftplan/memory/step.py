@@ -100,7 +100,7 @@ def steady_step(model: Model, program: Program, reference: Model | None = None) 
     f.module = ""
     if scaler is not None:
         with_gradients = model.with_gradients() if program.shards is None else program.shards
-        scaler.unscale(f, {p.dtype for p in with_gradients if p.trainable})
+        scaler.unscale(f, {p.dtype for p in with_gradients if p.trainable}, takes_fp16=program.unscales_fp16)
     idle = model.units.idle(model.idle())
     model.forget_gradients(idle)
     trained = [p for p in stepped if p.trainable and p.name not in idle | program.left_alone]

@@ -66,8 +66,10 @@ CAUSES = """## Known causes of drift
   length came before the longest (`script`; [chosen once](trace-drift.md) by two rows). Prefix tuning and OSF: the causes
   are there.
 - Several GPUs: fms-acceleration's 121 ranks of FSDP1 leave open that the code is not that of transformers 5, 33 of them their
-  versions too. Of the 88 others those of Mixtral are within 0.2 % (its tokens are not spread evenly over the experts), of
-  SantaCoder within 0.05 %, and all others within 0.01 %. fms-hf-tuning resizes the tables to the tokenizer's length
+  versions too. At the commits of these the repository asks for accelerate < 0.29, whose FSDP1 casts nothing to fp32; peft before
+  0.12 leaves adapters in the fp16 in which 4-bit weights are stored. Of Mixtral ranks are within 0.2 %, of those without versions
+  0.45 % (its tokens are not spread evenly over the experts), of SantaCoder within 0.05 %, and all others within 0.01 %.
+  fms-hf-tuning resizes the tables to the tokenizer's length
   (`tokenizer_and_embedding_resize`), which the records say: a row more than the model has, and 122 fewer of SantaCoder
   (inferred from what lasts on a rank). What lasts between steps is then 1,536 bytes more, three scalars, than the formula says
   on ranks of LoRA and full fine-tuning, and within 0.01 % on all but SantaCoder's full fine-tuning: tails of blocks, which the

@@ -247,7 +247,7 @@ def _run(
                 pass
         run = Run(built.model, step_inputs.batch, optimizer, tracker, setup_of_step, script)
         run.fetched = partial(fake_batch, mode=mode, device=on)
-        run.called, run.prepared = rank.called(built), rank.prepares
+        run.called, run.prepared, run.unscales_fp16 = rank.called(built), rank.prepares, rank.unscales_fp16
         run.begin_batch = rank.batches(built)
         run.earlier, run.steps, run.reported = [of_step.batch for of_step in earlier], steps, 1 + again
         try:

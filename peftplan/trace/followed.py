@@ -125,7 +125,7 @@ def _unknown_to_rank(job: Job, distributed: Distributed) -> str | None:
         "its offload_optimizer": by_deepspeed and distributed.offload_optimizer not in (None, "none"),
         "its deepspeed_optimizer": by_deepspeed and bool(distributed.deepspeed_optimizer),
         "a loop without Trainer": by_deepspeed and not job.setup.by.prepares_model,
-        f"its units before {versions.FSDP2_TAIL_APART.named}": sharded
+        f"its units before {versions.FSDP2_TAIL_APART.named}": distributed.strategy == "fsdp2"
         and versions.FSDP2_TAIL_APART.after(distributed.accelerate),
         f"its units under {job.setup.by.called}": sharded and job.setup.by.layout is not ACCELERATE,
         f"its shards in {job.quant.name if job.quant else None}": (sharded or by_deepspeed)

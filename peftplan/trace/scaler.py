@@ -28,8 +28,8 @@ class Scaler:
         """`scale`: what backward starts from."""
         return loss * self.scale
 
-    def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """`unscale_`. Raises RefusedError as torch does for gradients of 16 bits (`memory.scaler`)."""
+    def unscale(self, parameters: Iterable[torch.nn.Parameter], *, takes_fp16: bool = False) -> None:
+        """`unscale_`. Raises RefusedError as torch does for gradients of 16 bits that it does not take (`memory.scaler`)."""
         inverse = self.scale.double().reciprocal().float()
         self.found_inf = torch.full((), 0.0, dtype=torch.float32, device=self.scale.device)
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
@@ -37,7 +37,7 @@ class Scaler:
             if parameter.grad is not None:
                 by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
         for dtype, name in ((torch.float16, "fp16"), (torch.bfloat16, "bf16")):
-            if dtype in by_dtype:
+            if dtype in by_dtype and not (takes_fp16 and name == "fp16"):
                 raise RefusedError(cannot_unscale(name))
         for gradients in by_dtype.values():
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found_inf, inverse)

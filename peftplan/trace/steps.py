@@ -74,6 +74,8 @@ class Run:
     """What is called as the model, if a strategy wraps it."""
     prepared: bool = False
     """Whether a strategy has wrapped the model as `prepared` runs it."""
+    unscales_fp16: bool = False
+    """Whether the scaler takes gradients in fp16."""
 
     @property
     def trainable(self) -> list[nn.Parameter]:
@@ -166,7 +168,7 @@ def take_steps(run: Run) -> None:
         if by.clips_gradients and not isinstance(run.optimizer, OwnBackward):
             run.tracker.begin("step")
             if scaler is not None:
-                scaler.unscale(run.trainable)
+                scaler.unscale(run.trainable, takes_fp16=run.unscales_fp16)
             clip_gradients(run.trainable, MAX_GRAD_NORM)
         run.update()
         if scaler is not None:

@@ -25,8 +25,6 @@ SAME = {same_answer(record): record.id for record in EVERY.values()}
 WORKSPACES = 2 * 8_519_680
 """cuBLAS on an A100: one workspace for each thread."""
 STATED = 1e-4
-UNSTATED = 0.025
-"""What rows without versions may be off. Adapters, their gradients and states in 16 bits would explain it, but none states so."""
 SCALARS = 2_048
 """SantaCoder's loss and its like: four blocks of 512 bytes."""
 TAIL = 41 * 2**21 - 84_980_224
@@ -58,13 +56,14 @@ def unlike_persistent(record: Record) -> int:
 @pytest.mark.parametrize("record", EVERY.values(), ids=lambda record: record.id)
 def test_what_lasts_on_a_rank(record: Record) -> None:
     """Within 0.01 %; of LoRA, full fine-tuning and 14 ranks of QLoRA 1,536 bytes, three scalars, are left. SantaCoder's full
-    fine-tuning has tails of blocks beside it: in fp32, of 44 of the 48 shards of layers and their gradients."""
+    fine-tuning has tails of blocks beside it: in fp32, of 44 of the 48 shards of layers and their gradients. Rows without
+    versions ran accelerate < 0.29, which their repository asks for, and so with adapters in fp16."""
     left, measured = unlike_persistent(record), record.steps[0]["torch_mem_alloc_bytes_steady"]
     if "santacoder" in record.run.model_name and record.run.method == "full":
         of_shards = 44 * TAIL if record.run.options["autocast"] == "bf16" else 0
         assert 0 <= left - SCALARS - of_shards <= MOST_TAILS
     else:
-        assert abs(left) <= (STATED if record.circumstances.versions else UNSTATED) * measured
+        assert abs(left) <= STATED * measured
 
 
 @pytest.mark.parametrize(("left", "ranks"), [(1_536, 16), (SCALARS, 8)])
@@ -76,11 +75,13 @@ def test_ranks_on_which_scalars_alone_are_left(left: int, ranks: int) -> None:
 ROUTED = 2e-3
 """Mixtral: the tokens of a batch are not spread evenly over the experts. If they all went to two, the peak of four layers would
 be 5.5 % higher (rehearsed with `--routing worst`)."""
+ROUTED_IN_FP16 = 4.5e-3
+"""Mixtral in rows without versions: equal jobs differ by 0.17 %."""
 
 
 @pytest.mark.parametrize("record", EVERY.values(), ids=lambda record: record.id)
 def test_the_peak_on_a_rank(record: Record) -> None:
-    """Within 0.01 %, SantaCoder within 0.05 %, Mixtral within 0.2 %, rows without versions within 0.6 %.
+    """Within 0.01 %, SantaCoder within 0.05 %, Mixtral within 0.2 %, and within 0.45 % in rows without versions.
 
     Full fine-tuning peaks in the step, where foreach AdamW holds one more copy of the shards. Adapters peak in the backward of
     the first layer, when the inputs of all layers and the gradients of the inputs are still there.
@@ -88,8 +89,8 @@ def test_the_peak_on_a_rank(record: Record) -> None:
     peaks = estimated(record).peaks
     assert peaks is not None
     name = record.run.model_name
-    limit = ROUTED if "Mixtral" in name else 5e-4 if "santacoder" in name else 1e-4
-    limit = limit if record.circumstances.versions else 6e-3
+    routed = ROUTED if record.circumstances.versions else ROUTED_IN_FP16
+    limit = routed if "Mixtral" in name else 5e-4 if "santacoder" in name else 1e-4
     assert peaks.allocated == pytest.approx(record.peaks.overall.allocated, rel=limit)
 
 

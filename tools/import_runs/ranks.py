@@ -87,6 +87,12 @@ def of_rank(
 FSDP1 = {"strategy": "fsdp1", "backward_prefetch": "pre", "cpu_ram_efficient_loading": True}
 
 
+NOT_CAST = {"accelerate": "0.28"}
+"""What rows of fms-acceleration that do not say their versions ran with: at their commits accelerated-peft's requirements.txt
+asks for accelerate < 0.29, whose FSDP1 casts nothing to fp32. peft before 0.12, of July 2024, leaves adapters in the dtype in
+which their layer is stored (tuners/lora/layer.py, `update_layer`)."""
+
+
 def four_bit(dtype: str) -> Options:
     """NF4 with double quantization, stored in a float dtype, so that FSDP shards it."""
     return {"quant": "nf4", "double_quant": True, "compute_dtype": dtype, "quant_storage": dtype}
@@ -109,13 +115,14 @@ def fms(row: Row) -> Record:
     versions = row.get("versions") or {}
     return of_rank(
         row,
-        FSDP1,
+        FSDP1 if versions else FSDP1 | NOT_CAST,
         {
             "autocast": "none" if row["amp"] == "no" else row["amp"],
             "optim": "adamw_torch",
             "attn_implementation": "flash_attention_2",
             "use_reentrant": True,
             **quant,
+            **({} if versions else {"adapter_dtype": dtype}),
             **({"use_cache": True} if row["model"] in CACHED else {}),
         },
         targets=TARGETS.get(row["model"], ATTENTION),
@@ -123,7 +130,7 @@ def fms(row: Row) -> Record:
         model=resized(str(MODELS.get(row["model"], row["model"]))),
         covers="training",
         steps=[{"torch_mem_alloc_bytes_steady": int(row["steady_bytes"]), "framework_config": plugins}],
-        unknown=[] if versions else ["versions of the libraries: those of 2024 assumed"],
+        unknown=[] if versions else ["versions of the libraries, but for accelerate < 0.29: those of June 2024 assumed"],
         inferred=[{"what": f"{SPECIAL[row['model']]:,} rows of the table", "evidence": "measured bytes"}]
         if row["model"] in SPECIAL
         else [],

@@ -21,6 +21,7 @@ from torch.distributed.fsdp._flat_param import FlatParamHandle
 from torch.distributed.fsdp._runtime_utils import _lazy_init
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
+from peftplan import versions
 from peftplan.job.setup import Setup
 from peftplan.storage import QuantConfig
 from peftplan.trace.events.tracker import Tracker
@@ -57,6 +58,7 @@ def _is_allocated(tensor: torch.Tensor) -> bool:
 class Fsdp1(Fsdp2):
     """A rank that holds a part of the flat parameter of each unit."""
 
+    unscales_fp16 = True
     _wrapped: Any
     _names: dict[nn.Module, str]
     """Wrapped module → its name."""
@@ -90,7 +92,7 @@ class Fsdp1(Fsdp2):
 
     def load(self, built: Built, tracker: Tracker, setup: Setup, quant: QuantConfig | None) -> None:
         """Make the units: each is moved to the device, and leaves its part of a flat parameter there. accelerate then casts what
-        trains to fp32 (`Accelerator.prepare_model`).
+        trains to fp32 (`Accelerator.prepare_model`), since `versions.FSDP1_UPCASTS`.
         """
         policy, reshards = self._policy(setup), self.distributed.reshard_after_forward is not False
         with (
@@ -112,8 +114,9 @@ class Fsdp1(Fsdp2):
             )
         self._names = {unit.module: name for name, unit in self._units()}
         units = [(name, unit, unit._flat_param) for name, unit in self._units() if unit._has_params]
+        upcasts = setup.autocast != "none" and not versions.FSDP1_UPCASTS.after(self.distributed.accelerate)
         for _, unit, flat in units:
-            if setup.autocast != "none" and flat.requires_grad:
+            if upcasts and flat.requires_grad:
                 flat.data = flat.data.to(torch.float32)
                 unit._handle._orig_param_dtype = torch.float32
         for name, _, flat in units:

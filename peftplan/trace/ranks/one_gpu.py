@@ -31,6 +31,8 @@ class OneGpu:
     """Whether there is no other rank."""
     whole = True
     """Whether it holds the weights in the dtypes of one GPU."""
+    unscales_fp16 = False
+    """Whether its scaler takes gradients in fp16."""
     prepares = False
     """Whether it has wrapped the forward as accelerate prepares it (`trace.steps.prepared`)."""
     stacks: tuple[Stack, ...] = ()
