@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from enum import IntEnum
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
-from math import ceil, log2
+from math import ceil, log2, prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -163,14 +163,57 @@ def _product(a: Any, turns_a: bool, b: Any, turns_b: bool, out: Any, *settings: 
     import torch
 
     bias, grad = settings[2], settings[6]
+    dtype, a, b = getattr(a, "_dtype", None) or a.dtype, _data(a), _data(b)
     columns, rows = a.shape[0] if turns_a else a.shape[-1], (b.shape[-1],) if turns_b else b.shape[:-1]
-    result = torch.empty((*rows, columns), dtype=a.dtype, device=a.device) if out is None else out
+    result = torch.empty((*rows, columns), dtype=dtype, device=a.device) if out is None else out
     return [
         result,
         torch.empty(b.shape[-1], dtype=bias.dtype, device=b.device) if grad and bias is not None else None,
         None,
         None,
     ]
+
+
+def _data(tensor: Any) -> Any:
+    """The numbers of a quantized tensor, by row if it has those, or the tensor."""
+    rows = getattr(tensor, "_rowwise_data", tensor)
+    return tensor._columnwise_data if rows is None else rows
+
+
+def _quantized(tensor: Any, quantizer: Any, out: Any = None, *_: Any) -> Any:
+    """Numbers of 8 bits and their scales, by row and by column as the quantizer says (csrc/quantizer.cpp,
+    `MXFP8Quantizer::create_tensor`)."""
+    return out if out is not None else _stored(quantizer, tensor, quantizer.alloc_tensors(tensor.shape, device=tensor.device))
+
+
+def _stored(quantizer: Any, tensor: Any, parts: dict[str, Any]) -> Any:
+    known = quantizer.storage_metadata(tensor.dtype)
+    settings = dict(known["nontensor_kwargs"])
+    if not quantizer.internal:
+        settings |= {"shape": tensor.shape, "dtype": settings.pop("fake_dtype"), "device": tensor.device}
+    names = (f"_{side}wise_{part}" for side in ("row", "column") for part in ("data", "scale_inv"))
+    return known["cls"](**{name[1:]: parts.get(name) for name in names}, **settings)
+
+
+def _split(tensor: Any, rows: list[int], quantizers: list[Any], **_: Any) -> list[Any]:
+    """The same of each expert's rows, of which all numbers by row, and all by column, share a buffer with their scales
+    (csrc/extensions/cast.cpp, `bulk_allocate_mxfp8_tensors`; allocate.cpp)."""
+    import torch
+
+    shapes = [quantizer.inner_tensor_specs((count, tensor.shape[-1])) for count, quantizer in zip(rows, quantizers, strict=True)]
+    parts: list[dict[str, Any]] = [{} for _ in rows]
+    for side in ("row", "column"):
+        kinds = ((f"_{side}wise_data", 256), (f"_{side}wise_scale_inv", 16))
+        wanted = [(of, name, align, each[name][0]) for name, align in kinds for of, each in enumerate(shapes) if name in each]
+        end, places = 0, []
+        for *_known, align, shape in wanted:
+            places.append(ceil(end / align) * align)
+            end = places[-1] + prod(shape)
+        buffer = torch.empty(end + 256, dtype=torch.uint8, device=tensor.device) if wanted else None
+        for place, (of, name, _align, shape) in zip(places, wanted, strict=True):
+            assert buffer is not None
+            parts[of][name] = buffer[place : place + prod(shape)].view(shape)
+    return [_stored(*pair) for pair in zip(quantizers, tensor.split(rows), parts, strict=True)]
 
 
 def _normed(x: Any, weight: Any, *_: Any) -> list[Any]:
@@ -226,10 +269,18 @@ FUNCTIONS: dict[str, Any] = {
     "fused_attn_bwd": _attention_backward,
     "generic_gemm": _product,
     "te_general_grouped_gemm": _products,
+    "quantize": _quantized,
+    "split_quantize": _split,
     "rmsnorm_fwd": _normed,
     "rmsnorm_bwd": _normed_backward,
     "thd_read_half_tensor": _half,
     "thd_read_second_half_lse": _statistics_half,
     "thd_get_partitioned_indices": _indices,
-    **dict.fromkeys(("thd_second_half_lse_correction", "thd_out_correction", "thd_grad_correction"), _in_place),
+    **dict.fromkeys(
+        (
+            *("thd_second_half_lse_correction", "thd_out_correction", "thd_grad_correction"),
+            *("fused_multi_row_padding", "fused_multi_row_unpadding"),
+        ),
+        _in_place,
+    ),
 }
