@@ -269,10 +269,10 @@ def _stepped(inventory: "Inventory") -> list[Parameter]:
 
 
 def _multiplied_by_torch(job: "Job", timeline: Timeline) -> Mapping[tuple[str, str], int]:
-    """The products of torch: none where Transformer Engine, which keeps its own workspaces, has all layers, and no router has
-    weights."""
+    """The products of torch: none where Transformer Engine, which keeps its own workspaces, has all layers, with those of
+    LoRA, and no router has weights."""
     kernels = kernels_of(job.setup.kernels or ())
-    by_engine = kernels.dense is not None and kernels.gate is not None and job.method_name == "full"
+    by_engine = kernels.dense is not None and kernels.gate is not None
     return {} if by_engine else timeline.products
 
 

@@ -8,7 +8,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.job.automodel_quack import knows_quack
 from peftplan.job.automodel_scans import knows_recorded, knows_scan
 from peftplan.job.beside_towers import is_mixture, knows_tower
-from peftplan.job.exchanges import EXCHANGES, IN_TURN, MOST_GATHERING, ONE_BY_ONE, Exchanged, Rows, alike
+from peftplan.job.exchanges import EXCHANGES, IN_TURN, MOST_GATHERING, ONE_BY_ONE, WORST, Exchanged, Rows, alike
 from peftplan.job.further_tokens import OF_QWEN, attends_then_mixes
 from peftplan.job.kernels import BY_OPERATION, SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART, RECEIVED
@@ -171,22 +171,12 @@ def knows_experts(job: Job) -> bool:
     kernels = job.setup.kernels or ()
     if IN_TURN in kernels:
         gathers = kernels_of(kernels).exchange is None
-        if not (whole and alike(distributed.ep_size, mlp.num_experts, mlp.num_experts_per_tok)):
+        by_row = "hybridep.exchange" in kernels  # a row for each expert of a token, of which experts get as many, but for one
+        if not (whole and (by_row or alike(distributed.ep_size, mlp.num_experts, mlp.num_experts_per_tok))):
             return False
         if gathers and distributed.ep_size > MOST_GATHERING[_in_stages(job)]:
             return False
     return alone and plain and here and whole and any(_resembles(job, shown) for shown in EXCHANGES[model_type])
-
-
-WORST: dict[str, tuple[tuple[str, ...], ...]] = {
-    "glm4_moe": ((),),
-    "qwen3_moe": (
-        ("uccl.exchange", "te-linear.dense"),
-        ("deepep.exchange",),
-        ("te.attention", "deepep.exchange", "te-linear.dense"),
-    ),
-}
-"""Model type → kernels beside which every token was sent to one rank (tests/rehearse/worst_routing.jsonl)."""
 
 
 def knows_worst_routing(job: Job) -> bool:
@@ -215,13 +205,14 @@ def _reads_as_rehearsed(job: Job) -> bool:
 
 
 def _adapts_as_rehearsed(job: Job) -> bool:
-    """Whether adapters are those that were rehearsed, without dropout: of both products of Qwen 3's experts, of none of others,
-    and of gpt-oss's attention alone."""
+    """Whether adapters are those that were rehearsed, without dropout: of both products of Qwen 3's experts and of those that
+    tokens take in turn, of none of others, and of gpt-oss's attention alone."""
     if job.method_name != "lora":
         return True
     config, model_type = job.config, job.architecture.model_type
     of_experts = {name.rpartition(".")[2] for name in getattr(config, "target_parameters", None) or ()}
-    named = of_experts == ({"gate_up_proj", "down_proj"} if model_type == "qwen3_moe" else set())
+    of_both = model_type == "qwen3_moe" or IN_TURN in (job.setup.kernels or ())
+    named = of_experts == ({"gate_up_proj", "down_proj"} if of_both else set())
     elsewhere = model_type == "gpt_oss" and not all(m.name.endswith(OF_ATTENTION) for m in job.adaptation.matched)
     plain = not getattr(config, "lora_dropout", 0) and not getattr(config, "modules_to_save", None)
     return named and plain and not elsewhere
@@ -238,7 +229,8 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     stacked = setup.optim in ONE_BY_ONE or "te-experts.experts" not in shown.kernels  # torch steps no tensors beside DTensors
     owns = stacked if distributed.shards == distributed.ep_size else shown.shared
     ranks = (getattr(job.config, "r", 8), *getattr(job.config, "rank_pattern", {}).values())
-    aligned = all(rank % 8 == 0 for rank in ranks)  # others of experts are padded (components/_peft/lora_experts.py)
+    padded = IN_TURN in shown.kernels  # rehearsed with ranks of experts that are padded (components/_peft/lora_experts.py)
+    aligned = padded or all(rank % 8 == 0 for rank in ranks)
     short = bool(shown.kernels) or setup.seq_len <= (longest_row(job) or setup.seq_len)
     as_long = rows_of(job) == shown.rows and short
     trains = (setup.dtype, setup.loss) == ("fp32" if shown.pretrains else "bf16", shown.loss)

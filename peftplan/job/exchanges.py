@@ -69,6 +69,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
     "minimax_m2": (
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, stages=True),
+        Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, "lora", stages=True),
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, True, True, shared=True, stages=True),
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, False, True, stages=True),
         Exchanged(("hybridep.exchange",), ADAMW, False, True, "lora", apart=True),
@@ -80,12 +81,13 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
     "glm4_moe": (
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, False, False, shared=True),
-        Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, shared=True, stages=True),
+        Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, "lora", stages=True),
         Exchanged((), (), False, False, shared=True),
         Exchanged((), ADAMW, False, True, syncs=True, stages=True),
     ),
     "glm4_moe_lite": (
         Exchanged(OF_DEEP_IN_TURN, ADAMW, True, True, apart=True),
+        Exchanged(OF_DEEP_IN_TURN, ADAMW, True, True, "lora", apart=True),
         Exchanged(OF_DOCUMENTS, ONE_BY_ONE, False, False),
         Exchanged(("deepep.exchange", "te-linear.dense"), ADAMW, True, True, syncs=True, apart=True),
     ),
@@ -144,3 +146,12 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
 }
 """Model types whose experts ranks divide → how they were rehearsed."""
+WORST: dict[str, tuple[tuple[str, ...], ...]] = {
+    "glm4_moe": ((),),
+    "qwen3_moe": (
+        ("uccl.exchange", "te-linear.dense"),
+        ("deepep.exchange",),
+        ("te.attention", "deepep.exchange", "te-linear.dense"),
+    ),
+}
+"""Model type → kernels beside which every token was sent to one rank (tests/rehearse/worst_routing.jsonl)."""

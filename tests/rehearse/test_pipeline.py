@@ -35,9 +35,12 @@ OF_SPARSE = {
 }
 """Per cent of GLM-5, by how many ranks divide its experts: 14 and 27 MB, most of them blocks that the allocator leaves unsplit;
 of reserved ones 1.1 GiB, where gradients of 32 experts have 2.4 GB in each of three layers, and 66 MiB."""
-DEALT = {"allocated": 0.21, "reserved": 2.8}
-"""Per cent, where tokens take experts in turn: 1 to 6 MB, of MiniMax 6 and 46; of reserved ones 1.2 GB of DeepSeek-V3's last
-stage, 0.4 of Qwen 3's, whose reserved bytes are not stated where several ranks own the same experts."""
+DEALT = {"allocated": 0.29, "reserved": 2.8}
+"""Per cent, where tokens take experts in turn: 1 to 6 MB, of MiniMax 6 and 46, of GLM-4.7 with LoRA 28; of reserved ones 1.2 GB
+of DeepSeek-V3's last stage, 0.4 of Qwen 3's. They are not stated of GLM-4.7's, nor of Qwen 3's where several ranks own the same
+experts."""
+LARGEST_FORWARD = {("glm-4.6", 0): 1.8}
+"""Per cent of the forward of GLM-4.7's first stage with LoRA, which is 133 MB low, 4 % below the peak in backward."""
 OF_TEXT_PARTS = ("qwen3-vl-30b-a3b-instruct", "qwen3.5-35b-a3b")
 """Mixtures with a tower: their reserved bytes are not stated, since those of their delta rule and of experts that are divided
 beside a tower depend on addresses."""
@@ -58,6 +61,7 @@ def test_a_rank_holds_what_the_recipe_holds(row: dict[str, Any]) -> None:
     adapts_in_order = (row["options"]["method"], row["options"]["pp_schedule"]) == ("lora", "1f1b")
     own_alone = row["options"]["gpus"] // row["options"]["pp_size"] == row["options"].get("ep_size")
     unknown = adapts_in_order or row["model"] in OF_TEXT_PARTS or (row["model"] == "qwen3-235b-a22b" and not own_alone)
+    unknown = unknown or row["model"] == "glm-4.6"
     assert (peaks.reserved is None) == unknown  # adapters: 0 and +6.8 % by the replay
     beside = SYNCED if row["options"].get("sync_each_batch") else BESIDE_EXPERTS
     beside = OF_SPARSE[row["options"]["ep_size"]] if row["model"] == "glm-5" else beside
@@ -67,7 +71,9 @@ def test_a_rank_holds_what_the_recipe_holds(row: dict[str, Any]) -> None:
     most = OF_DIVIDED if "tp_size" in row["options"] else beside if "ep_size" in row["options"] else LARGEST
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
     by_phase = {phase: 100 * (peaks.by_phase[phase] / row["by_phase"][phase] - 1) for phase in ("forward", "backward")}
-    assert all(abs(drift) <= (most["allocated"] if dealt else LARGEST_OF_PHASE) for drift in by_phase.values()), by_phase
+    of_phase = most["allocated"] if dealt else LARGEST_OF_PHASE
+    largest = {"forward": LARGEST_FORWARD.get((row["model"], row["rank"]), of_phase), "backward": of_phase}
+    assert all(abs(drift) <= largest[phase] for phase, drift in by_phase.items()), by_phase
 
 
 def test_memory_is_that_of_the_stage_with_the_largest_peak() -> None:

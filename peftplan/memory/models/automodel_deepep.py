@@ -18,6 +18,7 @@ from peftplan.memory.experts import grouped, taken, top_k
 from peftplan.memory.fused_attention import number
 from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import opaque_rms
+from peftplan.memory.models.automodel_adapted import adapted, adapters
 from peftplan.memory.models.automodel_balanced import gate_in_turn
 from peftplan.memory.models.automodel_chunks import in_chunks
 from peftplan.memory.models.automodel_ep import activated as activated_alone
@@ -43,7 +44,7 @@ from peftplan.memory.units import experts as experts_of
 from peftplan.memory.units import further
 from peftplan.tape import ops, products
 from peftplan.tape.tape import Tape
-from peftplan.tape.tensors import Dims, Gradients, Node, Parameter, Tensor
+from peftplan.tape.tensors import Dims, Gradients, Node, Tensor
 
 
 def ernie(model: Model) -> Tensor:
@@ -234,6 +235,7 @@ def experts(
         out = product(chosen, up, up.dims[1])
         out, *_of_up = (out,) if factors is None else adapted(f, product, chosen, out, factors[0])
         del chosen
+        after = after and factors is None  # adapted experts multiply before
         ones = f.new(probabilities.dims, "fp32", "ones_like") if after else None
         out = (activated or gated)(f, out, probabilities) if ones is None else activated_alone(f, out, ones)
         second = product(out, down, down.dims[1])
@@ -244,33 +246,6 @@ def experts(
     back = unpermuted(f, second, tokens, row_map)
     del second, row_map
     return units.leave(unit, combined(f, back, dims, handle))
-
-
-Factors = tuple[Parameter, Parameter, int]
-"""A, B and their rank."""
-
-
-def adapters(c: Call, name: str, owned: int) -> tuple[Factors, Factors] | None:
-    """LoRA of both products (`GroupedExpertsDeepEPLoRA`): A is (r·e, in) here and B (out, r·e). The last parameter has the outer
-    wrapper."""
-    parts = [
-        c.model.part(f"{wrapped}.lora_{side}", c.number)
-        for wrapped in (f"{name}.base_layer", name)
-        for side in "AB"
-        if c.model.has(f"{wrapped}.lora_{side}", c.number)
-    ]
-    if not parts:
-        return None
-    up_a, up_b, down_a, down_b = (part.params["weight"] for part in parts)
-    return (up_a, up_b, number(up_a.dims[0]) // owned), (down_a, down_b, number(down_a.dims[0]) // owned)
-
-
-def adapted(f: Tape, product: Callable[..., Tensor], x: Tensor, out: Tensor, factors: Factors) -> tuple[Tensor, ...]:
-    """The product with what the adapter adds, and what names hold until the experts return."""
-    a, b, rank = factors
-    low = product(x, a, rank)
-    wide = product(low, b, out.dims[-1])
-    return ops.add(f, out, ops.scale(f, wide)), low, wide
 
 
 def deepseek_v3(model: Model) -> Tensor:

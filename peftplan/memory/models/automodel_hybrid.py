@@ -12,6 +12,7 @@ from functools import partial
 
 from peftplan.memory.experts import grouped, to_local
 from peftplan.memory.fused_attention import number
+from peftplan.memory.models.automodel_adapted import adapted, adapters
 from peftplan.memory.models.automodel_chunks import in_chunks
 from peftplan.memory.models.automodel_ep import activated, combined, dispatched, exchange, gated, on_all, weighted
 from peftplan.memory.models.automodel_moe import projected
@@ -43,13 +44,17 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor, *, after: bool
         second, _ = projected(f, params, chosen, probabilities, offsets, few=few, by_engine=by_engine)
     else:
         up, down = (to_local(f, params[name]) for name in ("gate_up_proj", "down_proj"))
-        product = partial(grouped, f, kernel=True, bias=None)
         offsets = f.new((owned,), "int32", "to")
-        out = product(chosen, up, up.dims[1], offsets=offsets)
+        product = partial(grouped, f, kernel=True, bias=None, offsets=offsets)
+        factors = adapters(c, f"{c.style.stack}.mlp.experts", owned)
+        out = product(chosen, up, up.dims[1])
+        out, *_of_up = (out,) if factors is None else adapted(f, product, chosen, out, factors[0])
         del chosen
+        after = after and factors is None
         ones = f.new(probabilities.dims, "fp32", "ones_like") if after else None
         inner = gated(f, out, probabilities) if ones is None else activated(f, out, ones)
-        second = product(inner, down, down.dims[1], offsets=offsets)
+        second = product(inner, down, down.dims[1])
+        second, *_of_down = (second,) if factors is None else adapted(f, product, inner, second, factors[1])
         del inner, out
         if after:  # the fake gate's weights have no gradient
             second = weighted(f, second, probabilities if c.model.running.kernels.gate is None else probabilities.detach())
