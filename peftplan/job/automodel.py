@@ -39,8 +39,6 @@ FEWEST_TOKENS = 2048
 """Tokens of its batch in full fine-tuning: five layers of 1,024 held 8 % less, where gradients of the head decide the peak."""
 ALONE = ("llama", "qwen3")
 """Of transformers' models, those that were rehearsed on one GPU too."""
-
-
 TRANSFORMERS_TOO = ("gemma4",)
 """Model types of which the tool builds mixtures alone, and runs transformers' modules of the others."""
 
@@ -319,7 +317,7 @@ def without_formula(job: Job) -> str | None:
         or (setup.loss == RECEIVED and not _knows_teacher(job)),
         f"optim {setup.optim}": (name := parse_optim(str(setup.optim)).name) not in REHEARSED_OPTIMIZERS
         or (name == "dion_muon" and not _knows_muon(job))
-        or (name == "te_fused_adam" and builds(job) and not packs_documents(job)),
+        or (name == "te_fused_adam" and builds(job) and not (packs_documents(job) or (setup.kernels and knows_experts(job)))),
         "further tokens as they were not rehearsed": not _knows_further_tokens(job),
         "torchao's layers as they were not rehearsed": not _knows_layers(job),
         "LoRA operation by operation, as it was not rehearsed": BY_OPERATION in (setup.kernels or ())

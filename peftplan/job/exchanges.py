@@ -138,7 +138,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("deepep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
         Exchanged(("hybridep.exchange", "te-linear.dense"), ANY_ADAM, False, False, rows="most"),
         Exchanged(("te-norm.rms_norm", *OF_DOCUMENTS, "te-experts.experts"), ONE_BY_ONE, False, True, rows="few"),
-        Exchanged(("te-norm.rms_norm", "deepep.exchange", "te-linear.dense"), ("flash_adamw",), False, True),
+        Exchanged(("te-norm.rms_norm", "deepep.exchange", "te-linear.dense"), ("flash_adamw", "te_fused_adam"), False, True),
         Exchanged(OF_HYBRID_IN_TURN, ANY_ADAM, False, True),
         Exchanged((*OF_HYBRID_IN_TURN, "te-experts.experts"), ANY_ADAM, False, True, shared=True),
         Exchanged((), ADAMW, False, True),

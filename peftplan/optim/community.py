@@ -119,11 +119,25 @@ def axolotl_muon(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
     return (like(param, "momentum"), like(param, "variance"))
 
 
+MOMENTS = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
+"""Dtypes of its moments by the names that a file says."""
+
+
+def moment(text: str) -> str:
+    """A dtype of `MOMENTS`; raises ValueError for another."""
+    if text not in MOMENTS:
+        raise ValueError(text)
+    return text
+
+
 def te_fused_adam(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
-    """FusedAdam: two moments in fp32, and with `master_weights` a master weight in fp32, of bf16 with `store_param_remainders`
-    the 16 bits that the weight lacks.
+    """FusedAdam: two moments in fp32, or bf16 with a scale each, and with `master_weights` a master weight in fp32, of bf16 with
+    `store_param_remainders` the 16 bits that the weight lacks (transformer-engine 2.20.2, fused_adam.py:397).
     """
-    states = (like(param, "exp_avg", dtype="fp32"), like(param, "exp_avg_sq", dtype="fp32"))
+    states: tuple[Allocation, ...] = ()
+    for moment in ("exp_avg", "exp_avg_sq"):
+        dtype = MOMENTS[optim_args.get(f"{moment}_dtype", "torch.float32")]
+        states += (like(param, moment, dtype=dtype), *([scalar(f"{moment} scale")] if dtype != "fp32" else []))
     if not truth(optim_args.get("master_weights", "False")):
         return states
     remainders = truth(optim_args.get("store_param_remainders", "False")) and param.dtype == "bf16"

@@ -18,6 +18,7 @@ from peftplan.optim.community import (
     dion_muon,
     flash_adamw,
     grokadamw,
+    moment,
     moonlight_muon,
     schedule_free_adamw,
     schedule_free_sgd,
@@ -53,7 +54,10 @@ APOLLO: Reads = {**GALORE, "proj": str, "scale_type": str}
 GROK: Reads = dict.fromkeys(("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping"), float)
 FREE: Reads = {"weight_lr_power": float, "r": float}
 FLASH: Reads = {"master_weight_bits": int}
-MASTERS: Reads = dict.fromkeys(("master_weights", "store_param_remainders"), truth)
+MASTERS: Reads = {
+    **dict.fromkeys(("master_weights", "store_param_remainders"), truth),
+    **dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), moment),
+}
 MINI: Reads = {"dim": int, "n_heads": int}
 STABLE: Reads = {"max_lr": float, "kahan_sum": str, "decouple_lr": str}
 

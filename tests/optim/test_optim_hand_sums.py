@@ -125,6 +125,8 @@ def test_muon_of_axolotl_counts_steps_on_the_host():
 def test_fused_adam_of_transformer_engine_has_master_weights_or_what_these_have_beside_bf16(dtype, optim_args, of_master):
     """transformer-engine 2.20.2, pytorch/optimizers/fused_adam.py (`_initialize_state`): two moments in fp32."""
     assert nbytes("te_fused_adam", shape=(1000,), dtype=dtype, optim_args=optim_args) == (8 + of_master) * 1000
+    in_bf16 = optim_args | dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), "torch.bfloat16")  # and a scale of each moment
+    assert nbytes("te_fused_adam", shape=(1000,), dtype=dtype, optim_args=in_bf16) == (4 + of_master) * 1000 + 8
 
 
 @pytest.mark.parametrize(

@@ -431,6 +431,12 @@ def test_muon_of_nemo(fields: dict[str, object], unsupported: list[str]) -> None
         ({"master_weights": True, "store_param_remainders": True}, "master_weights=True,store_param_remainders=True", []),
         ({"master_weights": True, "exp_avg_dtype": "torch.float32"}, "master_weights=True", []),
         ({"exp_avg_dtype": "torch.uint8"}, None, ["optimizer.exp_avg_dtype"]),
+        (
+            {"master_weights": True, "store_param_remainders": True}
+            | dict.fromkeys(("exp_avg_dtype", "exp_avg_sq_dtype"), "torch.bfloat16"),
+            "master_weights=True,store_param_remainders=True,exp_avg_dtype=torch.bfloat16,exp_avg_sq_dtype=torch.bfloat16",
+            [],
+        ),
     ],
 )
 def test_fused_adam_of_nemo(fields: dict[str, object], optim_args: str | None, unsupported: list[str]) -> None:
