@@ -122,16 +122,16 @@ def _missing(name: str) -> Any:
 
 
 def _attention(*arguments: Any) -> list[Any]:
-    """The result, the statistics of its softmax in fp32, and the offsets of that where it has some."""
+    """The result, the statistics of its softmax in fp32, a bias of the scores and the softmax's offsets where it has some."""
     import torch
 
-    q, v, offsets = arguments[16], arguments[18], arguments[27]
+    q, v, bias, offsets = arguments[16], arguments[18], *arguments[26:28]
     tokens_first = q.dim() == 3
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
     rng_state = torch.empty(2, dtype=torch.int64, device=q.device)
     shape = (q.shape[0], q.shape[1], 1) if tokens_first else (q.shape[0], q.shape[2], q.shape[1], 1)
     statistics = torch.empty(shape, dtype=torch.float32, device=q.device)
-    return [out, statistics, rng_state, *([] if offsets is None else [offsets])]
+    return [out, statistics, rng_state, *(each for each in (bias, offsets) if each is not None)]
 
 
 def max_tokens(tokens: int) -> int:
@@ -143,19 +143,21 @@ def max_tokens(tokens: int) -> int:
 
 def _attention_backward(*arguments: Any) -> list[Any]:
     """The gradients, beside a workspace in fp32: dQ, a number for each query and head, and, of grouped heads, dK and dV of all
-    query heads (of rows of documents alone)."""
+    query heads (of rows of documents alone). A bias gets one too, whether asked for or not."""
     import torch
 
     q, k, v = arguments[19:22]
     gradients = [torch.empty(x.shape, dtype=q.dtype, device=q.device) for x in (q, k, v)]
+    biases = arguments[25][2:3] if arguments[11].name == "NVTE_POST_SCALE_BIAS" else []
+    of_bias = next((torch.empty_like(bias) for bias in biases), None)
     heads, grouped = q.shape[-2], q.shape[-2] != k.shape[-2]
     tokens, keys = (max_tokens(x.shape[0]) if x.dim() == 3 else x.shape[0] * x.shape[1] for x in (q, k))
     expanded = keys * (k.shape[-1] + v.shape[-1]) if grouped and q.dim() == 3 else 0
     workspace = torch.empty(4 * heads * (tokens * (q.shape[-1] + 1) + expanded), dtype=torch.uint8, device=q.device)
     del workspace
-    has_offsets = len(arguments[25]) > 2
+    has_offsets = len(arguments[25]) > 2 + len(biases)
     of_offsets = torch.empty((1, heads, 1, 1), dtype=torch.float32, device=q.device) if has_offsets else None
-    return [*gradients, None, of_offsets]  # of no bias
+    return [*gradients, of_bias, of_offsets]
 
 
 def _product(a: Any, turns_a: bool, b: Any, turns_b: bool, out: Any, *settings: Any, **_: Any) -> list[Any]:

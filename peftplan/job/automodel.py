@@ -190,10 +190,12 @@ OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 def _reads_as_rehearsed(job: Job) -> bool:
     """Whether layers are of a kind that was rehearsed: DeepSeek's without compressed queries, and experts of no groups, of which
     some are chosen first, but in stages without an exchange, or where tokens take experts in turn, though not over DeepEP
-    (a rehearsal held 1.1 % more); GLM-5's with torch's attention over rows of which an indexer chooses every key."""
+    (a rehearsal held 1.1 % more); GLM-5's with torch's attention over rows of which an indexer chooses every key, or with
+    Transformer Engine's where tokens take experts in turn."""
     setup, by_torch = job.setup, job.setup.attn_implementation == "sdpa"
     chosen = job.architecture.blocks[-1].attentions[0].num_chosen_keys if job.architecture.blocks[-1].attentions else None
-    if chosen is not None and (setup.seq_len > chosen or setup.padding or not by_torch):
+    by_engine = IN_TURN in (setup.kernels or ())
+    if chosen is not None and (setup.padding or not by_torch or (setup.seq_len > chosen and not by_engine)):
         return False
     router = job.architecture.blocks[-1].mlp.router
     grouped = job.architecture.model_type in ("deepseek_v3", "glm_moe_dsa") and router.groups > 1

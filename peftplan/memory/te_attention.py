@@ -39,14 +39,16 @@ class PlannedTokens(Derived):
 PLANNED, HALF_PLANNED = PlannedTokens("b·s^"), PlannedTokens("b·s/2^")
 
 
-def of_documents(f: Tape, q: Tensor, k: Tensor, v: Tensor, *, packed: bool = True, offset: Operand | None = None) -> Tensor:
+def of_documents(
+    f: Tape, q: Tensor, k: Tensor, v: Tensor, *, packed: bool = True, offset: Operand | None = None, bias: Tensor | None = None
+) -> Tensor:
     """Keeps q, k, v, its output, and an fp32 number for each query and head. `packed`: rows are one row of documents. `offset`:
-    a number for each head beside the softmax's sum."""
+    a number for each head beside the softmax's sum; `bias`: of scores of rows that lie apart, kept too."""
     b, a, s, _ = q.dims
     inputs = (q, k, v) if offset is None else (q, k, v, offset)
     node = f.record(_backward if packed else _backward_of_rows, inputs, q.detach(), k.detach(), v.detach())
     out, rng_state, statistics = _forward(f, (b, s, a, v.dims[3]), q.dtype, node)
-    f.keep(node, out.detach(), statistics, rng_state)
+    f.keep(node, out.detach(), statistics, rng_state, *(() if bias is None else (bias,)))
     return out.view((b, a, s, v.dims[3]))
 
 
@@ -75,8 +77,9 @@ def _backward(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -> Gradie
 
 
 def _backward_of_rows(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -> Gradients:
-    """Of rows that lie apart: dQ in fp32, and a number for each query and head."""
+    """Of rows that lie apart: dQ in fp32, and a number for each query and head. A bias gets a gradient that nothing asks for."""
     tensors = tuple(f.new((x.dims[0], x.dims[2], x.dims[1], x.dims[3]), x.dtype, "attention backward") for x in saved[:3])
+    _of_bias = [f.new(bias.dims, bias.dtype, "bias gradient") for bias in saved[6:]]
     b, a, s, d = saved[0].dims
     _workspace = f.new((b, s, a, int(d) + 1), "fp32", "workspace")
     return tensors if len(node.edges) == 3 else (*tensors, _of_offset(f, node, saved[0]))

@@ -760,6 +760,8 @@ OF_KIMI |= {"pp_microbatches": 4, "seq_len": 512}
 
 
 OF_GLM: dict[str, Any] = OF_GPT_OSS | {"model": "glm-4.5-air", "gradient_accumulation_steps": 1, "gpus": 64, "ep_size": 64}
+OF_GLM_5: dict[str, Any] = OF_KIMI | {"model": "glm-5", "kernels": "te-norm,hybridep,te-linear,balanced", "ep_size": 16}
+OF_GLM_5 |= {"pp_stage_is_unit": False}
 OF_FLASH: dict[str, Any] = {"model": "glm-4.7-flash", "kernels": "te-norm,deepep,te-linear,balanced", "seq_len": 4096} | {
     "pp_stage_is_unit": False,
     "gradient_accumulation_steps": 2,
@@ -809,6 +811,9 @@ OF_STAGES: dict[str, Any] = {"model": "minimax-m2.5", "kernels": "te-norm,hybrid
         (BY_ENGINE | {"ep_size": 32}, False),
         (OF_GLM, True),
         (OF_GLM | {"gradient_accumulation_steps": 2}, False),
+        (OF_GLM_5, True),
+        (OF_GLM_5 | {"gradient_checkpointing": False}, False),
+        ({"model": "glm-5", "kernels": "te-norm,hybridep,te-linear,balanced"}, False),  # without stages
         (OF_FLASH, True),
         (OF_FLASH | {"pp_stage_is_unit": None}, False),
         (OF_FLASH | BY_LORA, True),

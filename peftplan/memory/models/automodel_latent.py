@@ -63,7 +63,9 @@ def latent_attention(c: Call, x: Tensor) -> Tensor:
     latent = c.norm("self_attn.kv_a_layernorm", latent)
     f = c.at("self_attn")
     q_rot, k_rot = rotated(f, q_rot), rotated(f, k_rot.view((b, s, 1, r)))
-    mask = None if a.num_chosen_keys is None else mask_of(c, (b, s))
+    chooses, engine = a.num_chosen_keys is not None, by_engine(c)
+    mask = mask_of(c, (b, s)) if chooses and not engine else None
+    bias = bias_of(c, (b, s), heads) if chooses and engine else None
     q = cat(f, (q_pass, q_rot), (b, s, heads, d))
     kv = c.linear("self_attn.kv_b_proj", latent).view((b, s, heads, d - r + v))
     f = c.at("self_attn")
@@ -75,7 +77,7 @@ def latent_attention(c: Call, x: Tensor) -> Tensor:
         out = attend(c.model, a, q, k, values.view((b, heads, s, v)), mask, by_head=c.style.by_head)
     else:
         q, k, values = (y.view((b, y.dims[2], s, y.dims[3])) for y in (q, k, values))
-        out = of_documents(f, q, k, values, packed=c.model.running.kernels.attention is not None)
+        out = of_documents(f, q, k, values, packed=c.model.running.kernels.attention is not None, bias=bias)
     return c.linear("self_attn.o_proj", out.view((b, s, heads * v)))
 
 
@@ -89,7 +91,7 @@ def _rotated_backward(f: Tape, node: Node, saved: object, g: Tensor) -> Tensor:
 
 
 def chosen_keys(c: Call, x: Tensor, low: Tensor) -> Tensor:
-    """`GlmMoeDsaIndexer.forward`: the numbers of a query's keys. `low`: compressed queries."""
+    """`GlmMoeDsaIndexer.forward`: the numbers of a query's keys, which checkpoints keep. `low`: compressed queries."""
     (b, s, _), a, name = x.dims, c.block.attentions[0], f"{c.style.stack}.{INDEXER}"
     d, r = number(c.model.part(f"{name}.wk", c.number).own_weight.dims[0]), number(a.rotary_dim or 0)
     q = c.linear(f"{INDEXER}.wq_b", low)
@@ -105,10 +107,11 @@ def chosen_keys(c: Call, x: Tensor, low: Tensor) -> Tensor:
     f = c.at(INDEXER)
     scores = matmul(f, f.to(q, "fp32"), f.to(k, "fp32"), (b, s, j, s), transposed=True)
     scores = matmul(f, weights, scores, (b, s, s))
-    scores = ops.shift(f, scores)
+    if not by_engine(c):  # by the padding's mask
+        scores = ops.shift(f, scores)
     later = after(f, s)
     scores = f.new(scores.dims, "fp32", "masked_fill", f.record(_masked_backward, (scores,), later))
-    return top_k(f, scores, min(number(a.num_chosen_keys or 0), c.model.key_len))[1]
+    return f.chosen(lambda: top_k(f, scores, min(number(a.num_chosen_keys or 0), c.model.key_len)))[1]
 
 
 def mask_of(c: Call, dims: tuple[Dim, Dim]) -> Tensor:
@@ -120,6 +123,22 @@ def mask_of(c: Call, dims: tuple[Dim, Dim]) -> Tensor:
     both = f.new(of_keys.dims, of_keys.dtype, "add")
     del of_keys
     return f.new(both.dims, both.dtype, "clamp_min")
+
+
+def by_engine(c: Call) -> bool:
+    """Whether Transformer Engine computes GLM-5's attention; rows that it gets have no mask of padding."""
+    kernels = c.model.running.kernels
+    return kernels.exchange is not None and kernels.rms_norm is not None
+
+
+def bias_of(c: Call, dims: tuple[Dim, Dim], heads: int) -> Tensor:
+    """The same for Transformer Engine: of all rows at once, and a copy for each head."""
+    (b, s), f = dims, c.at("self_attn")
+    of_keys = f.new((b, s, s), c.model.running.dtype, "full")
+    _later = after(f, s)
+    of_rows, numbers = f.new((1, s, s), of_keys.dtype, "max"), f.new((1, s, s), "int64", "max")
+    del of_keys, numbers
+    return f.new((1, heads, s, s), of_rows.dtype, "contiguous")
 
 
 def after(f: Tape, s: Dim) -> Tensor:
