@@ -31,7 +31,9 @@ SHARED = {
     "fla": ("fsdp2", "zero2", "zero3"),
     **dict.fromkeys(("te", "te-norm", "torch-norm", "torch-lora", "quack"), ("fsdp2",)),
     "mamba-ssm": ("fsdp2", "zero2"),
-    **dict.fromkeys(("deepep", "deepep-again", "hybridep", "uccl", "balanced", "te-linear", "te-experts"), ("fsdp2",)),
+    **dict.fromkeys(
+        ("deepep", "deepep-again", "hybridep", "uccl", "balanced", "te-linear", "te-experts", "te-mxfp8"), ("fsdp2",)
+    ),
 }
 """Package → the strategies under which its kernels were rehearsed."""
 WITH_EAGER = ("axolotl.", "torchao-float8.")

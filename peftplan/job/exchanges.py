@@ -103,6 +103,10 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
             ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense", "te-experts.experts"),
             *(ONE_BY_ONE, True, True),
         ),
+        Exchanged(
+            ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense", "te-mxfp8.experts"),
+            *(ONE_BY_ONE, True, True),
+        ),
         Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True, shared=True),
         Exchanged(("deepep.exchange",), ADAMW, True, True),
         Exchanged(("deepep.exchange",), ADAMW, True, False, "lora"),

@@ -192,6 +192,8 @@ class Projections(NamedTuple):
 
     source: str
     workspaces: int = 1
+    copies: bool = False
+    """Whether copies of the weights in MXFP8, by row and by column, stay from the first forward on."""
 
 
 Part: TypeAlias = (

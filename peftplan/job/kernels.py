@@ -143,6 +143,9 @@ KERNELS: dict[str, Kernel] = {
     "te-experts.experts": Projections(
         "transformer-engine 2.20.2, pytorch/module/grouped_linear.py (`_GroupedLinear`)", workspaces=4
     ),
+    "te-mxfp8.experts": Projections(
+        "transformer-engine 2.20.2, pytorch/module/grouped_linear.py (`_GroupedLinear`) under autocast in MXFP8", 4, copies=True
+    ),
     "liger.glu": Gated("liger-kernel, ops/swiglu.py (`LigerSiLUMulFunction`), ops/geglu.py (`LigerGELUMulFunction`)"),
 }
 """Package and part → the kernel."""
@@ -156,7 +159,7 @@ FLOAT8 = ("torchao-float8.linear",)
 DOCUMENTS = ("te.attention",)
 OF_EXPERTS = (
     *("deepep.exchange", "deepep-again.exchange", "hybridep.exchange", "uccl.exchange"),
-    *("balanced.gate", "te-linear.dense", "te-experts.experts"),
+    *("balanced.gate", "te-linear.dense", "te-experts.experts", "te-mxfp8.experts"),
 )
 BY_OPERATION = "torch-lora.adapters"
 OF_QUACK = ("quack.rms_norm", "quack.rope")
@@ -282,7 +285,7 @@ OF_PACKAGE = {
     "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2", "llama", "qwen2", "phi3", "glm"),
     "te": ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss", "nemotron_h"),
     "deepep": (*DIVIDED, "gemma4", "qwen3_vl_moe", "qwen3_5_moe"),
-    **dict.fromkeys(("uccl", "te-experts"), DIVIDED),
+    **dict.fromkeys(("uccl", "te-experts", "te-mxfp8"), DIVIDED),
     "te-linear": (*DIVIDED, "glm4_moe", "qwen3_vl_moe"),
     "hybridep": (
         *("gpt_oss", "glm4_moe", "qwen3_moe", "deepseek_v3", "minimax_m2", "glm_moe_dsa", "qwen3_next", "qwen3_vl_moe"),

@@ -161,6 +161,10 @@ ALLOCATED_IN_TURN = 0.15
 """Per cent of allocated bytes there: of GLM-4.7-Flash with LoRA 50 MB, as much as a compressed query; of Moonlight without
 checkpoints 0.11; of the others at most 0.08."""
 
+MOST_IN_MXFP8, STEP_IN_MXFP8 = {"allocated": 0.21}, 5.8
+"""The same with experts in MXFP8, whose reserved bytes are not stated: 13 MB of 4,096 tokens, 138 MB of 65,536, whose input of
+the head is kept in 8 bits, as is counted in 16. `step` of the latter is 287 MB too high, of the others 0.7 per cent."""
+
 LEFT = 3 * 2 * (64 + 2 * 8) * 64
 """Bytes for each token of gpt-oss that torch's compiler left to Python's garbage collector in rehearsals over several GPUs
 without an exchange: three times the queries, keys and values of a layer."""
@@ -227,6 +231,8 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
         loose = SHARED_ROWS[(row["model"], row["options"]["seq_len"], row.get("rank", 0))]
     most = {"allocated": max(LARGEST["allocated"], tail, loose), "reserved": max(reserved, loose)}
     most = {"allocated": ALLOCATED_IN_TURN, "reserved": IN_TURN.get(key, 0.1)} if in_turn else most
+    in_mxfp8 = "te-mxfp8" in row["options"].get("kernels", "")
+    most, loose = (MOST_IN_MXFP8, STEP_IN_MXFP8) if in_mxfp8 else (most, loose)
     most = IN_8_BITS if "torchao-float8" in row["options"].get("kernels", "") else most
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
     phases = {phase: kept for phase, kept in phases.items() if (row["model"], phase) != ("deepseek-v3", "load")}
@@ -789,6 +795,8 @@ OF_STAGES: dict[str, Any] = {"model": "minimax-m2.5", "kernels": "te-norm,hybrid
         ({"kernels": "te-norm,deepep-again,te-linear"}, False),
         ({"kernels": "te-norm,uccl,te-linear,balanced"}, False),
         ({"optim": "adam_one_by_one"}, False),
+        ({"kernels": "te-norm,hybridep,te-linear,te-mxfp8,balanced", "optim": "adam_one_by_one"}, True),
+        ({"kernels": "te-norm,hybridep,te-linear,te-mxfp8,balanced"}, False),
         ({"kernels": "torch-norm,balanced"}, True),
         ({"kernels": "torch-norm,balanced", "gpus": 16, "ep_size": 16}, False),
         ({"kernels": "torch-norm,balanced", "gradient_checkpointing": False}, False),

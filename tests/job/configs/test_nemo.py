@@ -738,6 +738,11 @@ def test_balanced_routing_has_no_weights(model: str, trainable: int) -> None:
         ({"dispatcher": "hybridep", "dispatcher_num_sms": 64}, "te-norm,hybridep,te-linear,balanced", set()),
         ({"dispatcher_num_sms": 64}, None, {"model.backend.dispatcher_num_sms"}),
         ({"dispatcher": "hybridep", "experts": "te"}, "te-norm,hybridep,te-linear,te-experts,balanced", set()),
+        (
+            {"dispatcher": "hybridep", "experts": "te", "te_fp8": {"recipe": "mxfp8"}},
+            "te-norm,hybridep,te-linear,te-mxfp8,balanced",
+            set(),
+        ),
         ({"fake_gate_noise": 0.5}, None, {"loss_fn.fp32_upcast", "dataset._target_", "model.backend.fake_balanced_gate"}),
         ({"linear": "quack"}, None, {"model.backend.linear"}),
     ],
