@@ -77,6 +77,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "ernie4_5_moe": (Exchanged(("deepep.exchange",), ADAMW, True, False),),
     "glm_moe_dsa": (
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, shared=True, stages=True),
+        Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, "lora", stages=True),
         Exchanged(("hybridep.exchange", "te-linear.dense"), ADAMW, True, True, stages=True),
         Exchanged(("hybridep.exchange",), ADAMW, False, True, "lora", stages=True),
     ),

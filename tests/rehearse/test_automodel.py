@@ -821,6 +821,8 @@ OF_STAGES: dict[str, Any] = {"model": "minimax-m2.5", "kernels": "te-norm,hybrid
         (OF_GLM | {"gradient_accumulation_steps": 2}, False),
         (OF_GLM_5, True),
         (OF_GLM_5 | {"gradient_checkpointing": False}, False),
+        (OF_GLM_5 | BY_LORA | {"ep_size": 32}, True),
+        (OF_GLM_5 | BY_LORA, False),  # several ranks own the same experts
         ({"model": "glm-5", "kernels": "te-norm,hybridep,te-linear,balanced"}, False),  # without stages
         (OF_FLASH, True),
         (OF_FLASH | {"pp_stage_is_unit": None}, False),
