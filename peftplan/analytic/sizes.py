@@ -18,13 +18,15 @@ BLOCK = 64
 
 
 def windows_of(architecture: Architecture) -> tuple[int, ...]:
-    """The longest sequence without a mask for each sliding window of a model; sorted, without duplicates.
+    """The longest sequence without a mask for each sliding window of a model, and that of which an indexer chooses every key;
+    sorted, without duplicates.
 
     Source: transformers, masking_utils.py: a mask is made from `kv_length >= local_attention_size` on. A bidirectional window
     states the size of one side.
     """
-    windowed = (a for block in architecture.blocks for a in block.attentions if a.window)
-    return tuple(sorted({(a.window if a.causal else a.window // 2) - 1 for a in windowed if a.window}))
+    attentions = [a for block in architecture.blocks for a in block.attentions]
+    windows = {(a.window if a.causal else a.window // 2) - 1 for a in attentions if a.window}
+    return tuple(sorted(windows | {a.num_chosen_keys for a in attentions if a.num_chosen_keys is not None}))
 
 
 def between_chunks(seq_len: Size, architecture: Architecture) -> Iterator[Fact]:

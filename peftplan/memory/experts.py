@@ -28,7 +28,7 @@ Gate = Callable[[Tape, Tensor], Tensor]
 """Gate and up as one tensor → what the second product takes."""
 
 
-def top_k(f: Tape, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_k(f: Tape, x: Tensor, k: Dim) -> tuple[Tensor, Tensor]:
     """`topk`: values and indices, which it keeps; its gradient is as large as x."""
     dims = (*x.dims[:-1], k)
     node = f.record(_taken_backward, (x,), x.dims)

@@ -20,6 +20,7 @@ from peftplan.job.script import Script
 from peftplan.job.setup import Setup
 from peftplan.job.sources import load_config
 from peftplan.storage import parse_quant
+from tools.rank_grid import cut
 
 JOB = prepare("gemma-2-2b", method="lora", seq_len=512)
 FIELDS = [name for name in Setup.model_fields if name not in ("batch_size", "seq_len")]
@@ -127,3 +128,24 @@ def test_a_teacher_whose_file_changed_is_read_again(tmp_path: Path) -> None:
         memory.append(peftplan.estimate("qwen2.5-0.5b", **options).to_dict()["memory"])
     assert memory[1]["persistent"] - memory[0]["persistent"] == 4 * (2 * 14_912_384 + 5 * 256)
     assert memory[1]["peak_allocated"] - memory[0]["peak_allocated"] == pytest.approx(4 * 2 * 14_912_384, rel=0.02)
+
+
+def test_rows_longer_than_what_an_indexer_chooses_are_compiled_apart() -> None:
+    """Of GLM-5: up to 2,048 tokens every key is chosen, and top-k is as long as the row."""
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "ep_size": 4, "pp_size": 2}
+    job |= {"pp_schedule": "interleaved1f1b", "pp_stage_is_unit": False, "gradient_checkpointing": True, "optim": "adamw_torch"}
+    job |= {"kernels": "te-norm,hybridep,te-linear,balanced", "loss": "full-no-upcast"}
+
+    def allocated(seq_len: int) -> int:
+        peaks = peftplan.estimate(cut("glm-5", 5), **job, seq_len=seq_len).peaks
+        assert peaks is not None
+        return peaks.allocated
+
+    lengths, alone = (512, 1024, 4096), []
+    for seq_len in lengths:
+        room.COMPILED.clear()
+        alone.append(allocated(seq_len))
+    for seq_lens in (lengths, lengths[::-1]):
+        room.COMPILED.clear()
+        together = {seq_len: allocated(seq_len) for seq_len in seq_lens}
+        assert [together[seq_len] for seq_len in lengths] == alone

@@ -111,7 +111,8 @@ def chosen_keys(c: Call, x: Tensor, low: Tensor) -> Tensor:
         scores = ops.shift(f, scores)
     later = after(f, s)
     scores = f.new(scores.dims, "fp32", "masked_fill", f.record(_masked_backward, (scores,), later))
-    return f.chosen(lambda: top_k(f, scores, min(number(a.num_chosen_keys or 0), c.model.key_len)))[1]
+    chosen = number(a.num_chosen_keys or 0)
+    return f.chosen(lambda: top_k(f, scores, s if c.model.key_len <= chosen else chosen))[1]
 
 
 def mask_of(c: Call, dims: tuple[Dim, Dim]) -> Tensor:
