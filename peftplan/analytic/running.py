@@ -10,7 +10,7 @@ from peftplan.arrays import Fact
 from peftplan.distributed.ddp import copies_outputs
 from peftplan.dtypes import ITEMSIZE
 from peftplan.hardware.processors import processors
-from peftplan.job.automodel import builds, longest_row, packs_documents, rows_of, tokens_at_once, tokens_unchunked
+from peftplan.job.automodel import FEWEST_TOKENS, builds, longest_row, packs_documents, rows_of, tokens_at_once, tokens_unchunked
 from peftplan.job.automodel_scans import has_own_code
 from peftplan.job.beside_towers import hands_keys_on
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, keeps_cache, recorded
@@ -235,11 +235,20 @@ def rotary_rows(job: Job) -> tuple[Dim, Limits]:
 
 
 def limits_of(job: Job, compute_capability: str) -> Limits:
-    """Numbers of tokens above which the kernels of a job allocate otherwise."""
+    """Numbers of tokens above which the kernels of a job allocate otherwise, or were rehearsed."""
     of_tables = rotary_rows(job)[1]
     fused = fused_first(job, chip_of(job, compute_capability))
     packed = FEWEST_DENSE - 1 if job.quant is not None and job.quant.name == "awq" else None
-    mosts = tokens_kept(job), fused, packed, tokens_at_once(job), tokens_unchunked(job), tokens_split(job, compute_capability)
+    too_few = FEWEST_TOKENS - 1 if job.setup.mtp_depths else None
+    mosts = (
+        fused,
+        packed,
+        too_few,
+        tokens_kept(job),
+        tokens_at_once(job),
+        tokens_unchunked(job),
+        tokens_split(job, compute_capability),
+    )
     tokens = [most for most in mosts if most is not None]
     rows = () if (longest := longest_row(job)) is None else (longest,)
     return Limits(of_batch=(*tokens, *of_tables.of_batch), of_row=(*rows, *of_tables.of_row))

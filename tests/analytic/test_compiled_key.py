@@ -149,3 +149,12 @@ def test_rows_longer_than_what_an_indexer_chooses_are_compiled_apart() -> None:
         room.COMPILED.clear()
         together = {seq_len: allocated(seq_len) for seq_len in seq_lens}
         assert [together[seq_len] for seq_len in lengths] == alone
+
+
+def test_fewer_tokens_than_were_rehearsed_find_no_compiled_job() -> None:
+    """Of Nemotron 3 in full fine-tuning, which predicts further tokens."""
+    job: dict[str, Any] = {"method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8, "ep_size": 8}
+    model = cut("nvidia-nemotron-3-super-120b-a12b-bf16", "MEM*EM")
+    for seq_len, known in ((2048, True), (1024, False), (2048, True)):
+        result = peftplan.estimate(model, **job, kernels="mamba-ssm,deepep,te-linear", seq_len=seq_len)
+        assert (result.peaks is not None) is known
