@@ -396,6 +396,10 @@ def test_losses_and_optimizers_of_nemo() -> None:
     assert of_nemo(sharded, optimizer={**adam, "weight_decay": 0.1}).options["optim"] == "adam"
     flash = of_nemo(sharded, optimizer={"_target_": "flashoptim.FlashAdamW", "master_weight_bits": 32})
     assert (flash.options["optim"], flash.options["optim_args"]) == ("flash_adamw", "master_weight_bits=32")
+    plans = [of_nemo(sharded, optimizer={"_target_": "flashoptim.FlashAdamW", "quantize": on}) for on in (True, False)]
+    assert [list(plan.unsupported) for plan in plans] == [[], ["optimizer.quantize"]]
+    plans = [of_nemo(sharded | {"mp_policy": {"cast_forward_inputs": on}}) for on in (True, False)]
+    assert [list(plan.unsupported) for plan in plans] == [[], ["distributed.mp_policy.cast_forward_inputs"]]
     of_te = of_nemo(sharded, loss_fn={"_target_": "nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy"})
     assert (of_te.options["loss"], of_te.unsupported) == ("te-parallel", {})
     fused = of_nemo(sharded, loss_fn={"_target_": "nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy"})
