@@ -94,6 +94,12 @@ def _deals_tokens(job: Job) -> bool:
     return model_type == "glm4_moe" or (model_type == "qwen3_moe" and distributed.shards != distributed.ep_size)
 
 
+def _routes_beside_norms(job: Job) -> bool:
+    """Whether Moonlight's own gate chooses experts beside Transformer Engine's norms."""
+    kernels = job.setup.kernels or ()
+    return job.architecture.model_type == "deepseek_v3" and "te-norm.rms_norm" in kernels and IN_TURN not in kernels
+
+
 def _copies_in_8_bits(job: Job) -> bool:
     """Whether Transformer Engine's experts keep copies in MXFP8."""
     return "te-mxfp8.experts" in (job.setup.kernels or ())
@@ -272,6 +278,7 @@ OVER_GPUS: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "reserved 11 % more than the replay",
     ),
     (_adapts_stages, "LoRA in 1F1B: rehearsals of eight layers reserved 3.7 % more and 6 % less than the replay"),
+    (_routes_beside_norms, "Moonlight beside Transformer Engine's norms: too few rehearsals compare reserved bytes"),
     (_copies_in_8_bits, "experts in MXFP8: a rehearsal of three layers reserved 3.4 % more than the replay"),
     (_deals_tokens, "tokens that take experts in turn: rehearsals reserved 4 to 18 % more than the replay"),
     (_chunks_between_units, "a delta rule in torch's operations: rehearsals reserved 9 % less than the replay and 5.9 % more"),

@@ -128,6 +128,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(OF_DEEP_IN_TURN, ADAMW, True, True),
         Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),
         Exchanged(OF_DOCUMENTS, ADAMW, False, False),
+        Exchanged(("te-norm.rms_norm", "deepep.exchange", "te-linear.dense"), ("flash_adamw", "te_fused_adam"), True, True),
         Exchanged((), ADAMW, False, True, pretrains=True),
         Exchanged((), ADAMW, False, True, stages=True, whole=True),
     ),

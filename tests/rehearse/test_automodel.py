@@ -856,6 +856,25 @@ def test_reserved_bytes_are_not_stated_where_more_ranks_get_tokens_in_turn(ranks
     ("options", "known"),
     [
         ({}, True),
+        ({"optim": "te_fused_adam"}, True),
+        ({"optim": "adamw_torch"}, False),
+        ({"loss": "cut-apart"}, False),
+        ({"gradient_checkpointing": False}, False),
+        ({"cp_size": 2}, False),
+    ],
+)
+def test_what_beside_small_optimizers_of_mixtures_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    job: dict[str, Any] = {"model": "moonlight-16b-a3b", "method": "full", "trainer": "automodel", "strategy": "fsdp2", "gpus": 8}
+    job |= {"ep_size": 8, "gradient_checkpointing": True, "kernels": "te-norm,deepep,te-linear", "optim": "flash_adamw"}
+    peaks = peftplan.estimate(**job | {"gradient_accumulation_steps": 3} | options).peaks
+    assert (peaks is not None) is known
+    assert peaks is None or peaks.reserved is None
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
         ({"model": "llama-3.1-8b"}, False),
         ({"model": "llama-3.1-8b", "kernels": "quack.rope"}, True),
         ({"kernels": "quack.rope"}, False),
