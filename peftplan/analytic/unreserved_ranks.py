@@ -82,15 +82,18 @@ rehearsed over eight ranks (GLM-4.5)."""
 
 def _deals_tokens(job: Job) -> bool:
     """Whether tokens take experts in turn as reserved bytes were not within 3 % of the replay: those of `UNSTATED_IN_TURN` and
-    over more than eight ranks without stages, and in stages GLM-4.7's, Kimi K2's beside DeepEP, whose last stage of 4,096 tokens
-    reserved 7.5 % more, and Qwen 3's where several ranks own the same experts."""
+    over more than eight ranks without stages, and in stages GLM-4.7's, DeepSeek-V3's but beside HybridEP (Kimi K2's last stage of
+    4,096 tokens reserved 7.5 % more beside DeepEP, DeepSeek-V3's 3.1 % with torch's kernels), GLM-5's of two rows (6.3 % more), and
+    Qwen 3's where several ranks own the same experts."""
     kernels, distributed, model_type = job.setup.kernels or (), job.distributed, job.architecture.model_type
     if IN_TURN not in kernels or distributed is None:
         return False
     if (distributed.pp_size or 1) == 1:
         return (distributed.ep_size or 1) > MOST_DEALING or any((model_type, name) in UNSTATED_IN_TURN for name in kernels)
     if model_type == "deepseek_v3":
-        return "deepep.exchange" in kernels
+        return "hybridep.exchange" not in kernels
+    if model_type == "glm_moe_dsa":
+        return job.setup.rows > 1
     return model_type == "glm4_moe" or (model_type == "qwen3_moe" and distributed.shards != distributed.ep_size)
 
 

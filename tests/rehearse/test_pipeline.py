@@ -61,7 +61,7 @@ def test_a_rank_holds_what_the_recipe_holds(row: dict[str, Any]) -> None:
     adapts_in_order = (row["options"]["method"], row["options"]["pp_schedule"]) == ("lora", "1f1b")
     own_alone = row["options"]["gpus"] // row["options"]["pp_size"] == row["options"].get("ep_size")
     unknown = adapts_in_order or row["model"] in OF_TEXT_PARTS or (row["model"] == "qwen3-235b-a22b" and not own_alone)
-    unknown = unknown or row["model"] in ("glm-4.6", "kimi-k2-instruct")
+    unknown = unknown or row["model"] in ("glm-4.6", "kimi-k2-instruct") or "torch-norm" in row["options"].get("kernels", "")
     assert (peaks.reserved is None) == unknown  # adapters: 0 and +6.8 % by the replay
     beside = SYNCED if row["options"].get("sync_each_batch") else BESIDE_EXPERTS
     beside = OF_SPARSE[row["options"]["ep_size"]] if row["model"] == "glm-5" else beside
@@ -272,3 +272,12 @@ def test_what_of_a_pipeline_was_not_rehearsed(options: dict[str, Any], unknown: 
     result = peftplan.estimate(**job | {"pp_size": 2, "pp_schedule": "interleaved1f1b", "seq_len": 512} | options)
     assert (result.peaks is None) is (unknown is not None)
     assert unknown is None or unknown in result.not_modelled[0]
+
+
+@pytest.mark.parametrize(("batch_size", "stated"), [(1, True), (2, False)])
+def test_two_rows_of_glm_5_have_no_reserved_bytes(batch_size: int, stated: bool) -> None:
+    """Two rows of 4,096 tokens reserved 63.3 GB in a rehearsal, where the replay says 59.5."""
+    row = next(row for row in ROWS if row["model"] == "glm-5" and "balanced" in row["options"].get("kernels", ""))
+    result = peftplan.estimate(**options(row) | {"batch_size": batch_size}, gpu=row.get("card", "8xa100-80gb").rpartition("x")[2])
+    assert result.peaks is not None
+    assert (result.peaks.reserved is not None) is stated
