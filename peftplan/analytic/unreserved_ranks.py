@@ -83,8 +83,8 @@ rehearsed over eight ranks (GLM-4.5)."""
 def _deals_tokens(job: Job) -> bool:
     """Whether tokens take experts in turn as reserved bytes were not within 3 % of the replay: those of `UNSTATED_IN_TURN` and
     over more than eight ranks without stages, and in stages GLM-4.7's, DeepSeek-V3's but beside HybridEP (Kimi K2's last stage of
-    4,096 tokens reserved 7.5 % more beside DeepEP, DeepSeek-V3's 3.1 % with torch's kernels), GLM-5's of two rows (6.3 % more), and
-    Qwen 3's where several ranks own the same experts."""
+    4,096 tokens reserved 7.5 % more beside DeepEP, DeepSeek-V3's 3.1 % with torch's kernels), GLM-5's of two rows (6.3 % more),
+    and Qwen 3's where several ranks own the same experts."""
     kernels, distributed, model_type = job.setup.kernels or (), job.distributed, job.architecture.model_type
     if IN_TURN not in kernels or distributed is None:
         return False
