@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from peftplan.job.exchanges import IN_TURN
 from peftplan.job.further_tokens import OF_QWEN
-from peftplan.job.loss_sizes import SHARED_CHUNKS
+from peftplan.job.loss_sizes import CUT_APART, SHARED_CHUNKS
 from peftplan.versions import PACKED_POSITIONS_CHECKED
 
 if TYPE_CHECKING:
@@ -101,6 +101,11 @@ def _routes_beside_norms(job: Job) -> bool:
     """Whether Moonlight's own gate chooses experts beside Transformer Engine's norms."""
     kernels = job.setup.kernels or ()
     return job.architecture.model_type == "deepseek_v3" and "te-norm.rms_norm" in kernels and IN_TURN not in kernels
+
+
+def _cuts_beside_experts(job: Job) -> bool:
+    """Whether ranks divide Qwen 3's experts over an exchange, and the loss reads the head behind the model."""
+    return job.architecture.model_type == "qwen3_moe" and job.setup.loss == CUT_APART and bool(job.setup.kernels)
 
 
 def _copies_in_8_bits(job: Job) -> bool:
@@ -282,6 +287,7 @@ OVER_GPUS: tuple[tuple[Callable[[Job], bool], str], ...] = (
     ),
     (_adapts_stages, "LoRA in 1F1B: rehearsals of eight layers reserved 3.7 % more and 6 % less than the replay"),
     (_routes_beside_norms, "Moonlight beside Transformer Engine's norms: too few rehearsals compare reserved bytes"),
+    (_cuts_beside_experts, "a head behind the model and divided experts: a rehearsal reserved 10 % less than the replay"),
     (_copies_in_8_bits, "experts in MXFP8: a rehearsal of three layers reserved 3.4 % more than the replay"),
     (_deals_tokens, "tokens that take experts in turn: rehearsals reserved 4 to 18 % more than the replay"),
     (_chunks_between_units, "a delta rule in torch's operations: rehearsals reserved 9 % less than the replay and 5.9 % more"),

@@ -29,13 +29,15 @@ class Exchanged(NamedTuple):
     """Whether the model without stages is no unit itself."""
     pretrains: bool = False
     """Whether weights were in fp32, and the loss read the head behind the model."""
+    cuts: bool = False
+    """Whether the loss read the head behind the model of weights in bf16 too."""
     rows: Rows = "many"
     """How many rows of experts: `few` get their weights, or biases, at once, and `most` of experts with biases run in chunks."""
 
     @property
     def loss(self) -> str:
         """The loss: of logits in fp32 but where tokens took experts in turn, or read behind the model."""
-        return CUT_APART if self.pretrains else NO_UPCAST if IN_TURN in self.kernels else "full"
+        return CUT_APART if self.pretrains or self.cuts else NO_UPCAST if IN_TURN in self.kernels else "full"
 
 
 @cache
@@ -110,6 +112,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         ),
         Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True, shared=True),
         Exchanged(("deepep.exchange",), ADAMW, True, True),
+        Exchanged(("deepep.exchange", "te-linear.dense"), ("flash_adamw", "te_fused_adam"), True, True, cuts=True),
         Exchanged(("deepep.exchange",), ADAMW, True, False, "lora"),
         Exchanged(OF_DOCUMENTS, ONE_BY_ONE, False, False, "lora"),
         Exchanged(OF_DOCUMENTS, ("flash_adamw",), True, False),

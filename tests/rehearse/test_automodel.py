@@ -777,6 +777,7 @@ BY_LORA: dict[str, Any] = {
     "target_modules": "every-linear",
     "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
 }
+OF_QWEN: dict[str, Any] = {"model": "qwen3-30b-a3b", "kernels": "deepep,te-linear", "loss": "cut-apart"}
 OF_STAGES: dict[str, Any] = {"model": "minimax-m2.5", "kernels": "te-norm,hybridep,te-linear,balanced", "seq_len": 4096} | {
     "gpus": 64,
     "pp_size": 2,
@@ -861,6 +862,10 @@ def test_reserved_bytes_are_not_stated_where_more_ranks_get_tokens_in_turn(ranks
         ({"loss": "cut-apart"}, False),
         ({"gradient_checkpointing": False}, False),
         ({"cp_size": 2}, False),
+        (OF_QWEN, True),
+        (OF_QWEN | {"optim": "te_fused_adam"}, True),
+        (OF_QWEN | {"loss": "full"}, False),
+        (OF_QWEN | {"gradient_checkpointing": False}, False),
     ],
 )
 def test_what_beside_small_optimizers_of_mixtures_was_rehearsed(options: dict[str, Any], known: bool) -> None:

@@ -113,8 +113,9 @@ def _permuted_backward(f: Tape, node: Node, saved: tuple[Dims, Dims, Tensor], g:
 
 
 def unpermuted(f: Tape, x: Tensor, tokens: Received, row_map: Tensor) -> Tensor:
-    """`moe_unpermute`: a row for each token that this rank got."""
-    return f.new((tokens, x.dims[-1]), x.dtype, "unpermute", f.record(_unpermuted_backward, (x,), x.dims, row_map))
+    """`moe_unpermute`: a row for each token that this rank got, made before what it saves ends a recomputation."""
+    out = f.new((tokens, x.dims[-1]), x.dtype, "unpermute")
+    return Tensor(out.storage, out.dims, out.dtype, f.record(_unpermuted_backward, (x,), x.dims, row_map))
 
 
 def _unpermuted_backward(f: Tape, node: Node, saved: tuple[Dims, Tensor], g: Tensor) -> Tensor:

@@ -128,6 +128,8 @@ def test_nemo_waits_with_gradients_where_it_wraps_the_model(wraps: bool) -> None
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "uccl_ep", "experts": "te"}, 0, None),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "linear": "torch", "experts": "torch_mm"}, 0, "deepep"),
         ("moonshotai/Moonlight-16B-A3B", {"dispatcher": "deepep", "experts": "te"}, 0, "deepep,te-linear,te-experts"),
+        ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "experts": "torch_mm"}, 0, "deepep,te-linear"),
+        ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "rms_norm": "te"}, 0, None),
         ("moonshotai/Moonlight-16B-A3B", {"dispatcher": "deepep", "rms_norm": "te"}, 0, "te-norm,deepep,te-linear"),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "experts": "torch_mm"}, 1024, "te,deepep,te-linear"),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "experts": "te"}, 1024, "te,deepep,te-linear,te-experts"),
