@@ -289,7 +289,7 @@ OVER_GPUS: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_routes_beside_norms, "Moonlight beside Transformer Engine's norms: too few rehearsals compare reserved bytes"),
     (_cuts_beside_experts, "a head behind the model and divided experts: a rehearsal reserved 10 % less than the replay"),
     (_copies_in_8_bits, "experts in MXFP8: a rehearsal of three layers reserved 3.4 % more than the replay"),
-    (_deals_tokens, "tokens that take experts in turn: rehearsals reserved 4 to 18 % more than the replay"),
+    (_deals_tokens, "tokens that take experts in turn: rehearsals reserved 3 to 18 % more than the replay"),
     (_chunks_between_units, "a delta rule in torch's operations: rehearsals reserved 9 % less than the replay and 5.9 % more"),
     (_gathers_adapted_gemma, "LoRA of Gemma 4 under FSDP2: a rehearsal reserved 3.9 % more than the replay"),
     (

@@ -120,7 +120,7 @@ def axolotl_muon(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]:
 
 
 MOMENTS = {"torch.float32": "fp32", "torch.bfloat16": "bf16"}
-"""Dtypes of its moments by the names that a file says."""
+"""What files call a moment's dtype → the dtype."""
 
 
 def moment(text: str) -> str:
@@ -135,9 +135,9 @@ def te_fused_adam(param: Param, optim_args: OptimArgs) -> tuple[Allocation, ...]
     `store_param_remainders` the 16 bits that the weight lacks (transformer-engine 2.20.2, fused_adam.py:397).
     """
     states: tuple[Allocation, ...] = ()
-    for moment in ("exp_avg", "exp_avg_sq"):
-        dtype = MOMENTS[optim_args.get(f"{moment}_dtype", "torch.float32")]
-        states += (like(param, moment, dtype=dtype), *([scalar(f"{moment} scale")] if dtype != "fp32" else []))
+    for state in ("exp_avg", "exp_avg_sq"):
+        dtype = MOMENTS[optim_args.get(f"{state}_dtype", "torch.float32")]
+        states += (like(param, state, dtype=dtype), *([scalar(f"{state} scale")] if dtype != "fp32" else []))
     if not truth(optim_args.get("master_weights", "False")):
         return states
     remainders = truth(optim_args.get("store_param_remainders", "False")) and param.dtype == "bf16"
