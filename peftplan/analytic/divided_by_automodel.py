@@ -9,7 +9,7 @@ from peftplan.distributed.layout import AUTOMODEL
 from peftplan.distributed.pipeline import INTERLEAVED
 from peftplan.distributed.tensor_parallel import BY_AUTOMODEL, WHOLE_TABLES, ranks_of
 from peftplan.job.automodel import builds, knows_experts
-from peftplan.job.kernels import kernels_of
+from peftplan.job.kernels import OF_COMPILED, kernels_of
 from peftplan.job.loss_sizes import NO_UPCAST
 
 if TYPE_CHECKING:
@@ -17,8 +17,16 @@ if TYPE_CHECKING:
     from peftplan.job.job import Job
 
 DIVIDED_BY_AUTOMODEL = (
-    *(("llama", "lora"), ("llama", "full"), ("qwen2", "full"), ("qwen3", "full"), ("phi3", "full"), ("phi3", "lora")),
-    *(("phi", "lora"), ("seed_oss", "full"), ("mixtral", "lora"), ("falcon_h1", "lora"), ("ministral3", "lora")),
+    *(("llama", "lora"), ("llama", "full"), ("qwen2", "full"), ("qwen2", "lora"), ("qwen3", "full")),
+    *(
+        ("phi3", "full"),
+        ("phi3", "lora"),
+        ("phi", "lora"),
+        ("seed_oss", "full"),
+        ("mixtral", "lora"),
+        ("falcon_h1", "lora"),
+        ("ministral3", "lora"),
+    ),
     *(("gemma4", "partial"), ("qwen3_5", "partial")),
 )
 """Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2."""
@@ -50,6 +58,25 @@ def knows_division(job: Job, distributed: Distributed) -> bool:
         and not any(module.name in (architecture.input_embedding, *head) for module in job.adaptation.matched)
         and (job.setup.loss == "full" or architecture.model_type in WHOLE_TABLES)
     )
+
+
+def knows_gathers_ahead(job: Job) -> bool:
+    """Whether layers that are gathered ahead were rehearsed: of Llama and Qwen 2 in bf16 with checkpoints."""
+    plain = job.quant is None and job.setup.dtype == "bf16" and bool(job.setup.gradient_checkpointing)
+    return plain and job.is_full_or_lora and job.architecture.model_type in ("llama", "qwen2")
+
+
+def knows_compiled(job: Job) -> bool:
+    """Whether layers that torch compiles whole were rehearsed, and do not hold the peak: LoRA over checkpoints in bf16, two ranks
+    that share matrices, and scores that take more than the products of an MLP."""
+    distributed, setup, mlp = job.distributed, job.setup, job.architecture.blocks[0].mlp
+    if OF_COMPILED not in (setup.kernels or ()):
+        return True
+    shared = distributed is not None and ranks_of(distributed) == 2 and bool(distributed.forward_prefetch)
+    plain = job.method_name == "lora" and job.quant is None and setup.dtype == "bf16" and setup.loss == "full"
+    checkpoints = bool(setup.gradient_checkpointing) and not setup.padding and setup.attn_implementation == "sdpa"
+    wide = (job.architecture.vocab_size or 0) >= 4 * mlp.intermediate_size
+    return shared and plain and checkpoints and wide and setup.kernels == (OF_COMPILED,)
 
 
 def knows_pipeline(job: Job, distributed: Distributed) -> bool:

@@ -29,7 +29,7 @@ SHARED = {
     "torchao-float8": ("fsdp2",),
     "swift-offload": ("fsdp2",),
     "fla": ("fsdp2", "zero2", "zero3"),
-    **dict.fromkeys(("te", "te-norm", "torch-norm", "torch-lora", "quack"), ("fsdp2",)),
+    **dict.fromkeys(("te", "te-norm", "torch-norm", "torch-lora", "torch-compile", "quack"), ("fsdp2",)),
     "mamba-ssm": ("fsdp2", "zero2"),
     **dict.fromkeys(
         ("deepep", "deepep-again", "hybridep", "uccl", "balanced", "te-linear", "te-experts", "te-mxfp8"), ("fsdp2",)

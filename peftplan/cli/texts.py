@@ -101,7 +101,7 @@ TRAINING: dict[str, str] = {
     "unsloth-padded, unsloth-offload, unsloth-experts, unsloth-qat-int4|int8-int4|lora, axolotl, axolotl-fused, "
     "axolotl-offload, trl-offload, swift-offload, liger, torchao (QAT), torchao-int4, torchao-mxfp4, torchao-float8, te, "
     "mamba-ssm, fla, deepep, deepep-again, hybridep, uccl, balanced, te-linear, te-experts, te-mxfp8, te-norm, torch-norm, "
-    "torch-lora, quack, or parts of them",
+    "torch-lora, torch-compile, quack, or parts of them",
     "--loss": f"how the loss is computed: {', '.join(get_args(Loss))}; default: auto, the trainer's",
     "--logits-to-keep": "compute logits only for the last N tokens of each sequence",
     "--router-loss/--no-router-loss": "add a mixture's load-balancing loss; default: as the trainer or the config says",
@@ -151,7 +151,8 @@ GPUS: dict[str, str] = {
     "--transformer-cls-names-to-wrap": "FSDP: classes of layers that become units; default: the model's own",
     "--min-num-params": "FSDP: minimum parameters of a unit with --wrap-policy size",
     "--backward-prefetch": "FSDP1: when the next unit is gathered in backward",
-    "--forward-prefetch/--no-forward-prefetch": "FSDP1: gather the next unit early in forward",
+    "--forward-prefetch/--no-forward-prefetch": "FSDP1: gather the next unit early in forward; "
+    "FSDP2 of automodel: layers, in backward too",
     "--use-orig-params/--no-use-orig-params": "FSDP1: the optimizer steps over views of the flat parameters",
     "--cpu-ram-efficient-loading/--no-cpu-ram-efficient-loading": "only rank 0 loads the model; the others get shards",
     "--sync-each-batch/--no-sync-each-batch": "reduce gradients in every micro batch",

@@ -65,6 +65,9 @@ class Fsdp2(OneDevice):
         self._order: list[Unit] = []
         self._copied_out: Tensor | None = None
         self._reducing: list[Tensor] = []
+        self.chain: list[Unit] = []
+        """Layers that are gathered ahead: in forward the next one, in backward the two before (nemo_automodel 0.7.0,
+        components/distributed/parallelizer.py, `apply_fsdp2_sharding_recursively`)."""
         self.waiting: dict[Parameter, Tensor] = {}
         """Gradients of micro batches that are not reduced, in the dtype of the reduction."""
 
@@ -78,6 +81,8 @@ class Fsdp2(OneDevice):
         unit.state = "forward"
         self._unshard(unit)
         self._wait(unit, forward=True)
+        for ahead in self.chain[self.chain.index(unit) + 1 :][:1] if unit in self.chain else ():
+            self._unshard(ahead)
 
     def enter_with(self, name: str, x: Tensor) -> Tensor:
         """The same with the unit's input `x`. After its gradient, the unit's are reduced, unless a part of it ran before."""
@@ -231,7 +236,10 @@ class Fsdp2(OneDevice):
         unit.state = "pre_backward"
         self._unshard(unit)
         self._wait(unit, forward=False)
-        if unit.indices and (index := unit.indices.pop()) > 0:
+        if unit in self.chain[1:]:
+            for ahead in reversed(self.chain[: self.chain.index(unit)][-2:]):
+                self._unshard(ahead)
+        elif unit.indices and (index := unit.indices.pop()) > 0:
             self._unshard(self._order[index - 1])
 
     def post_backward(self, unit: Unit) -> None:

@@ -15,7 +15,7 @@ MOST_RANKS = 2**17
 SHARDING = ("reshard_after_forward", "dp_shard_size", "offload_params", "wrap_policy", "transformer_cls_names_to_wrap")
 OF_FSDP = (*SHARDING, "min_num_params", "cpu_ram_efficient_loading", "param_dtype", "reduce_dtype", "sync_each_batch", "cp_size")
 OF_PIPELINE = ("pp_schedule", "pp_microbatches", "pp_layers_per_stage", "pp_round_stages")
-OF_AUTOMODEL = ("pp_stage_is_unit", "whole_tower", "routing")
+OF_AUTOMODEL = ("pp_stage_is_unit", "whole_tower", "routing", "forward_prefetch")
 OF_ZERO = (
     *("offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size"),
     *("reduce_scatter", "round_robin_gradients", "deepspeed_optimizer", "zero_force_ds_cpu_optimizer"),

@@ -187,6 +187,13 @@ class ByOperation(NamedTuple):
     source: str
 
 
+class Remade(NamedTuple):
+    """The residual within a layer that torch compiles whole around its checkpoints: the layer's result overwrites it, and
+    backward makes it again."""
+
+    source: str
+
+
 class Projections(NamedTuple):
     """Linear layers, or those of experts one by one, of Transformer Engine, which keeps workspaces of cuBLASLt for them."""
 
@@ -212,6 +219,7 @@ Part: TypeAlias = (
     | Exchange
     | Balanced
     | ByOperation
+    | Remade
     | Projections
 )
 Kernel: TypeAlias = Part | Norm | Rotary | Gated | Lora | LayerNorms

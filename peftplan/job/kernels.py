@@ -31,6 +31,7 @@ from peftplan.job.kernel_facts import (
     OffloadedActivations,
     PaddingFree,
     Projections,
+    Remade,
     Rotary,
     Rule,
     Scan,
@@ -119,6 +120,7 @@ KERNELS: dict[str, Kernel] = {
     "torch-lora.adapters": ByOperation(
         "nemo_automodel 0.7.0, components/_peft/lora.py (`LinearLoRA.forward` without `use_memory_efficient_lora`)"
     ),
+    "torch-compile.residual": Remade("nemo_automodel 0.7.0, components/distributed/parallelizer.py (`_apply_per_layer_compile`)"),
     "torchao.fake_quant": FakeQuantized("torchao, quantization/qat/linear.py (`Int8DynActInt4WeightQATLinear`)", group=256),
     "torchao-int4.fake_quant": FakeQuantized(
         "torchao, quantization/qat/fake_quantizer.py (`Int4WeightFakeQuantizer`), as axolotl 0.19.0 configures it",
@@ -162,8 +164,11 @@ OF_EXPERTS = (
     *("balanced.gate", "te-linear.dense", "te-experts.experts", "te-mxfp8.experts"),
 )
 BY_OPERATION = "torch-lora.adapters"
+OF_COMPILED = "torch-compile.residual"
 OF_QUACK = ("quack.rms_norm", "quack.rope")
-OF_AUTOMODEL = (*FLOAT8, *DOCUMENTS, *OF_EXPERTS, "torch-norm.rms_norm", "te-norm.rms_norm", *OF_QUACK, BY_OPERATION)
+OF_AUTOMODEL = (
+    *(*FLOAT8, *DOCUMENTS, *OF_EXPERTS, "torch-norm.rms_norm", "te-norm.rms_norm", *OF_QUACK, BY_OPERATION, OF_COMPILED),
+)
 """Kernels of NeMo Automodel's recipe, and of no other trainer."""
 
 
@@ -194,6 +199,7 @@ class Kernels(NamedTuple):
     dense: Projections | None = None
     experts: Projections | None = None
     adapters: ByOperation | None = None
+    residual: Remade | None = None
 
     @property
     def sets_up_allocator(self) -> bool:
@@ -292,7 +298,7 @@ OF_PACKAGE = {
         "qwen3_5_moe",
     ),
     "torch-norm": ("llama", "qwen2", *WITH_FAKE_GATE),
-    **dict.fromkeys(("torch-lora", "quack"), ("llama", "qwen2")),
+    **dict.fromkeys(("torch-lora", "torch-compile", "quack"), ("llama", "qwen2")),
     "te-norm": ("nemotron_h", *WITH_FAKE_GATE),
     **dict.fromkeys(("deepep-again", "balanced"), WITH_FAKE_GATE),
     "mamba-ssm": SCANNING,

@@ -77,6 +77,8 @@ def check_distributed(
         raise InputError(
             "sync_each_batch", distributed.sync_each_batch, "accepted: with gradient_accumulation_steps of 2 or more"
         )
+    if distributed.forward_prefetch and strategy == "fsdp2" and setup.by.layout is not AUTOMODEL:
+        raise InputError("forward_prefetch", True, "accepted: with FSDP1, or with trainer automodel")
     if distributed.whole_tower and setup.by.layout is not AUTOMODEL:
         accepted = f"{setup.by.called} shards towers too; accepted: with trainer automodel or automodel-vlm"
         raise InputError("whole_tower", distributed.whole_tower, accepted)

@@ -117,6 +117,8 @@ def units_of(
             **({NORM: TAIL} if layout.ends == "units" and final_norm(model.arch, full) else {}),
         },
     )
+    if not of_fsdp1 and distributed.forward_prefetch and reshards and (distributed.pp_size or 1) == 1:
+        units_in_step.chain = [unit for unit in units if number_of(unit.name) is not None]
     if any(map(is_leaf, groups)):
         model.tape.modules = LeafUnits(units_in_step)
     if isinstance(units_in_step, Fsdp1):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 from peftplan.memory import fused_layers
 from peftplan.memory.model import Model
 from peftplan.memory.models.decoder import added, attention, decoder
 from peftplan.memory.models.mlps import mlp
 from peftplan.memory.models.style import Call, Style
+from peftplan.tape.hooks import hooked
 from peftplan.tape.rotary import rotary
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Gradients, Node, Operand, Tensor
@@ -51,12 +53,33 @@ def _opaque_backward(f: Tape, node: Node, saved: tuple[Tensor, Operand], g: Tens
 def layer_of_parts(c: Call, x: Tensor) -> Tensor:
     """A layer whose norms, attention and MLP are checkpoints each (components/distributed/activation_checkpointing.py
     `apply_submodule_checkpointing`): what comes into each of them stays."""
+    if c.model.running.kernels.residual is not None and c.model.running.checkpointing and x.node is not None:
+        return remade(c, x)
     for norm, name, function in (("input_layernorm", "self_attn", attention), ("post_attention_layernorm", "mlp", mlp)):
         residual = x
         x = checkpointed(c, partial(c.norm, norm), x)
         x = checkpointed(c, partial(c.module, name, function=function, by_name=name == "self_attn"), x)
         x = added(c, residual, x)
     return x
+
+
+def remade(c: Call, x: Tensor) -> Tensor:
+    """Such a layer compiled whole, behind one that trains: torch's partitioner keeps its input and what both norms make of it,
+    and the result overwrites the residual between them. Where backward's peak lies in such a layer, this is not its order."""
+
+    def attended(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        normed = c.norm("input_layernorm", x)
+        residual = added(c, x, c.module("self_attn", normed, function=attention, by_name=True))
+        return normed.detach(), residual, c.norm("post_attention_layernorm", residual)
+
+    kept, residual, normed = cast("tuple[Tensor, Tensor, Tensor]", c.model.checkpoint(attended, x))
+    residual = hooked(c.tape, residual, _keep, kept)
+    del kept
+    return added(c, residual, checkpointed(c, partial(c.module, "mlp", function=mlp), normed))
+
+
+def _keep(normed: Tensor) -> None:
+    """What a norm made stays until this gradient arrives."""
 
 
 def checkpointed(c: Call, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
