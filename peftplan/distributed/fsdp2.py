@@ -66,8 +66,7 @@ class Fsdp2(OneDevice):
         self._copied_out: Tensor | None = None
         self._reducing: list[Tensor] = []
         self.chain: list[Unit] = []
-        """Layers that are gathered ahead: in forward the next one, in backward the two before (nemo_automodel 0.7.0,
-        components/distributed/parallelizer.py, `apply_fsdp2_sharding_recursively`)."""
+        """Layers gathered ahead: the next one, in backward the two before (nemo_automodel, distributed/parallelizer.py:759)."""
         self.waiting: dict[Parameter, Tensor] = {}
         """Gradients of micro batches that are not reduced, in the dtype of the reduction."""
 
