@@ -18,15 +18,8 @@ if TYPE_CHECKING:
 
 DIVIDED_BY_AUTOMODEL = (
     *(("llama", "lora"), ("llama", "full"), ("qwen2", "full"), ("qwen2", "lora"), ("qwen3", "full")),
-    *(
-        ("phi3", "full"),
-        ("phi3", "lora"),
-        ("phi", "lora"),
-        ("seed_oss", "full"),
-        ("mixtral", "lora"),
-        ("falcon_h1", "lora"),
-        ("ministral3", "lora"),
-    ),
+    *(("phi3", "full"), ("phi3", "lora"), ("phi", "lora"), ("seed_oss", "full")),
+    *(("mixtral", "lora"), ("falcon_h1", "lora"), ("ministral3", "lora")),
     *(("gemma4", "partial"), ("qwen3_5", "partial")),
 )
 """Model type and method of NeMo Automodel's jobs that were rehearsed with tensor parallelism beside FSDP2."""
@@ -34,6 +27,8 @@ OVER_ALL_RANKS = ("seed_oss", "ministral3")
 """Those of them whose matrices all ranks shared."""
 MODULES_OF_TRANSFORMERS = (("llama", "lora"),)
 """Model type and method where all ranks shared matrices of transformers' modules, for whose names the tool has a plan."""
+PROJECTIONS = 7
+"""Linear layers of a layer of Llama and Qwen 2."""
 ADAPTED_HEADS = ("ministral3",)
 """Those of them whose divided head had an adapter too."""
 TIED_HEADS = ("gemma4",)
@@ -60,22 +55,26 @@ def knows_division(job: Job, distributed: Distributed) -> bool:
     )
 
 
-def knows_gathers_ahead(job: Job) -> bool:
-    """Whether layers that are gathered ahead were rehearsed: of Llama and Qwen 2 in bf16 with checkpoints."""
+def knows_prefetch(job: Job, distributed: Distributed) -> bool:
+    """Whether layers that are gathered ahead were rehearsed: of Llama and Qwen 2 in bf16 with checkpoints, whose rows no ranks
+    share, in one stage."""
     plain = job.quant is None and job.setup.dtype == "bf16" and bool(job.setup.gradient_checkpointing)
+    plain &= {distributed.cp_size, distributed.pp_size} <= {None, 1} and distributed.reshard_after_forward is None
     return plain and job.is_full_or_lora and job.architecture.model_type in ("llama", "qwen2")
 
 
 def knows_compiled(job: Job) -> bool:
-    """Whether layers that torch compiles whole were rehearsed, and do not hold the peak: LoRA over checkpoints in bf16, two ranks
-    that share matrices, and scores that take more than the products of an MLP."""
-    distributed, setup, mlp = job.distributed, job.setup, job.architecture.blocks[0].mlp
+    """Whether layers that torch compiles whole were rehearsed, and do not hold the peak: LoRA of all projections over checkpoints
+    in bf16, two ranks that share matrices, and a vocabulary at least four times as wide as the MLP (rehearsed: 4.5 and 5.5)."""
+    distributed, setup = job.distributed, job.setup
     if OF_COMPILED not in (setup.kernels or ()):
         return True
+    block = job.architecture.blocks[0]
     shared = distributed is not None and ranks_of(distributed) == 2 and bool(distributed.forward_prefetch)
     plain = job.method_name == "lora" and job.quant is None and setup.dtype == "bf16" and setup.loss == "full"
     checkpoints = bool(setup.gradient_checkpointing) and not setup.padding and setup.attn_implementation == "sdpa"
-    wide = (job.architecture.vocab_size or 0) >= 4 * mlp.intermediate_size
+    plain &= len(job.adaptation.matched) == PROJECTIONS and not getattr(job.config, "use_dora", False)
+    wide = (job.architecture.vocab_size or 0) >= 4 * block.mlp.intermediate_size
     return shared and plain and checkpoints and wide and setup.kernels == (OF_COMPILED,)
 
 

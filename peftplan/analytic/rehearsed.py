@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import peftplan.versions as versions
-from peftplan.analytic.divided_by_automodel import knows_compiled, knows_division, knows_gathers_ahead, knows_pipeline
+from peftplan.analytic.divided_by_automodel import knows_compiled, knows_division, knows_pipeline, knows_prefetch
 from peftplan.analytic.rehearsed_zero import APART, SHARING_ROWS, has_experts_apart, unknown_to_zero
 from peftplan.analytic.shown import (
     UNDER_DEVICE_MAP,
@@ -166,7 +166,7 @@ def _unknown_to_fsdp(job: Job, distributed: Distributed) -> dict[str, bool]:
         "transformer_cls_names_to_wrap": classes not in (None, layer_classes(job))
         and not (knows_wrapped(job) or _knows_mixtures(job, distributed)),
         "tp_size": ranks_of(distributed) > 1 and not knows_division(job, distributed),
-        "forward_prefetch": not flat and bool(distributed.forward_prefetch) and not knows_gathers_ahead(job),
+        "forward_prefetch": not flat and bool(distributed.forward_prefetch) and not knows_prefetch(job, distributed),
         "layers that torch compiles": not knows_compiled(job),
         "cp_size": distributed.cp_size not in (None, 1) and not _knows_shared_rows(job, distributed),
         "quant_storage": flat  # transformers computes in it

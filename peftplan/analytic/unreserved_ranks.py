@@ -40,8 +40,9 @@ def _steps_beside_host(job: Job) -> bool:
 def _gathers_divided_ahead(job: Job) -> bool:
     """Whether FSDP2 gathers layers ahead whose matrices ranks share."""
     distributed = job.distributed
-    ahead = distributed is not None and distributed.strategy == "fsdp2" and bool(distributed.forward_prefetch)
-    return ahead and job.distributed is not None and job.distributed.divided > 1
+    if distributed is None or distributed.strategy != "fsdp2":
+        return False
+    return bool(distributed.forward_prefetch) and distributed.divided > 1
 
 
 FEWEST_MAPPED = 8
@@ -340,8 +341,8 @@ OVER_GPUS: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_adapts_by_kernels_in_zero3, "LoRA kernels under ZeRO-3: a rehearsal of twelve layers reserved 3.6 % more than the replay"),
     (
         _gathers_divided_ahead,
-        "layers that are gathered ahead of matrices that ranks share: a rehearsal of six layers reserved 1.6 % more than the "
-        "replay, one of three 0.8",
+        "layers that are gathered ahead, whose matrices ranks share: a rehearsal of six layers reserved 1.6 % more than the "
+        "replay, and one of three 0.8 % more",
     ),
     (_shards_by_llama_factory, "LLaMA-Factory under FSDP1: a rehearsal of six layers reserved 22 % more than the replay"),
 )

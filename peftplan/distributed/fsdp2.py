@@ -65,8 +65,6 @@ class Fsdp2(OneDevice):
         self._order: list[Unit] = []
         self._copied_out: Tensor | None = None
         self._reducing: list[Tensor] = []
-        self.chain: list[Unit] = []
-        """Layers gathered ahead: the next one, in backward the two before (nemo_automodel, distributed/parallelizer.py:759)."""
         self.waiting: dict[Parameter, Tensor] = {}
         """Gradients of micro batches that are not reduced, in the dtype of the reduction."""
 
@@ -80,7 +78,7 @@ class Fsdp2(OneDevice):
         unit.state = "forward"
         self._unshard(unit)
         self._wait(unit, forward=True)
-        for ahead in self.chain[self.chain.index(unit) + 1 :][:1] if unit in self.chain else ():
+        for ahead in unit.gathers_in_forward:
             self._unshard(ahead)
 
     def enter_with(self, name: str, x: Tensor) -> Tensor:
@@ -235,10 +233,9 @@ class Fsdp2(OneDevice):
         unit.state = "pre_backward"
         self._unshard(unit)
         self._wait(unit, forward=False)
-        if unit in self.chain[1:]:
-            for ahead in reversed(self.chain[: self.chain.index(unit)][-2:]):
-                self._unshard(ahead)
-        elif unit.indices and (index := unit.indices.pop()) > 0:
+        for ahead in unit.gathers_in_backward:
+            self._unshard(ahead)
+        if not unit.gathers_in_backward and unit.indices and (index := unit.indices.pop()) > 0:
             self._unshard(self._order[index - 1])
 
     def post_backward(self, unit: Unit) -> None:

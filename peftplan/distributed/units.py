@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -56,4 +56,8 @@ class Unit:
     """Shards of flat gradients under FSDP1."""
     all_reduced: Tensor | None = None
     """What the replicas sum, held until backward ends (`_all_reduce_state`)."""
+    gathers_in_forward: Sequence[Unit] = ()
+    """Units that are gathered ahead when this one's forward begins (torch, `set_modules_to_forward_prefetch`)."""
+    gathers_in_backward: Sequence[Unit] = ()
+    """The same when its backward begins (`set_modules_to_backward_prefetch`); none: the one before it in forward."""
     indices: list[int] = field(default_factory=list)

@@ -118,7 +118,7 @@ def units_of(
         },
     )
     if not of_fsdp1 and distributed.forward_prefetch and reshards and (distributed.pp_size or 1) == 1:
-        units_in_step.chain = [unit for unit in units if number_of(unit.name) is not None]
+        _gather_ahead([unit for unit in units if number_of(unit.name) is not None])
     if any(map(is_leaf, groups)):
         model.tape.modules = LeafUnits(units_in_step)
     if isinstance(units_in_step, Fsdp1):
@@ -129,6 +129,14 @@ def units_of(
         units_in_step.prefetches_forward = bool(distributed.forward_prefetch) and not units_in_step.in_checkpoints
         model.tape.kept_inputs = [] if units_in_step.in_checkpoints and trained_apart and not inner else None
     return units_in_step
+
+
+def _gather_ahead(layers: list[Unit]) -> None:
+    """Gather the next layer in forward, and the two before in backward (nemo_automodel 0.7.0,
+    components/distributed/parallelizer.py:759)."""
+    for number, unit in enumerate(layers):
+        unit.gathers_in_forward = layers[number + 1 : number + 2]
+        unit.gathers_in_backward = layers[max(number - 2, 0) : number][::-1]
 
 
 def _members(p: Parameter, shard: Parameter, ranks: int, dtype: str | None, *, apart: bool) -> Iterator[Member]:

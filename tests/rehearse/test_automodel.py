@@ -910,17 +910,8 @@ def test_layers_gathered_ahead_and_compiled_are_opened_as_rehearsed() -> None:
     peaks = peftplan.estimate(**job).peaks
     assert peaks is not None
     assert peaks.reserved is None
-    for other in ({"tp_size": 4}, {"gradient_checkpointing": False}, {"forward_prefetch": False}, {"padding": True}):
+    for other in ({"tp_size": 4}, {"gradient_checkpointing": False}, {"use_dora": True}, {"target_modules": "q_proj"}):
         assert peftplan.estimate(**job | other).peaks is None
     plain = {"model": "llama-3.1-8b", "method": "lora", "strategy": "fsdp2", "gpus": 8}
     with pytest.raises(InputError, match="forward_prefetch"):
         peftplan.estimate(**plain, forward_prefetch=True)
-
-
-def test_layers_gathered_ahead_lie_beside_each_other() -> None:
-    """Without them the same job holds less: in backward, two layers."""
-    job = next(options(row) for row in ROWS if row["options"].get("forward_prefetch") and "tp_size" not in row["options"])
-    ahead, alone = (peftplan.estimate(**job | {"forward_prefetch": value}).peaks for value in (True, None))
-    assert ahead is not None
-    assert alone is not None
-    assert ahead.by_phase["backward"] > alone.by_phase["backward"]
