@@ -270,10 +270,10 @@ def _stepped(inventory: "Inventory") -> list[Parameter]:
 
 def _multiplied_by_torch(job: "Job", timeline: Timeline) -> Mapping[tuple[str, str], int]:
     """The products of torch: none where Transformer Engine, which keeps its own workspaces, has all layers, with those of
-    LoRA, no router has weights, and no indexer scores keys."""
+    LoRA, no router has weights, and no indexer scores keys. Projections of Mamba 2 are torch's."""
     kernels, attentions = kernels_of(job.setup.kernels or ()), job.architecture.blocks[-1].attentions
     scores = bool(attentions) and attentions[0].num_chosen_keys is not None
-    by_engine = kernels.dense is not None and kernels.gate is not None and not scores
+    by_engine = kernels.dense is not None and kernels.gate is not None and kernels.scan is None and not scores
     return {} if by_engine else timeline.products
 
 

@@ -53,7 +53,8 @@ def check_mixer(job: Job) -> None:
         "padding": setup.padding,
         "a cache": bool(setup.use_cache) and not (setup.gradient_checkpointing or setup.by.turns_cache_off or by_tool),
         "eager attention": setup.attn_implementation == "eager",
-        f"loss {setup.loss}": setup.loss not in ("full", *(("trl-chunked",) if architecture.model_type == "nemotron_h" else ())),
+        f"loss {setup.loss}": setup.loss not in ("full", *(("trl-chunked",) if architecture.model_type == "nemotron_h" else ()))
+        and not (by_tool and knows_experts(job)),
         "projections in fp32": setup.dtype == "fp32" and (setup.autocast == "none" or architecture.model_type == "falcon_h1"),
         f"published code under {setup.by.called}": has_own_code(job) and not setup.by.own_lora,
         f"several GPUs under {setup.by.called}": job.distributed is not None and not setup.by.own_lora,

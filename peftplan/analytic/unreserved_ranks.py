@@ -83,9 +83,12 @@ MOST_DEALING = 8
 8.8 %."""
 
 
-UNSTATED_IN_TURN = (("deepseek_v3", "hybridep.exchange"), ("glm4_moe", "hybridep.exchange"), ("glm4_moe_lite", "deepep.exchange"))
-"""Model types, and the exchange beside which reserved bytes were not within 3 % of the replay (GLM-4.7-Flash: -16 %), or not
-rehearsed over eight ranks (GLM-4.5)."""
+UNSTATED_IN_TURN = (
+    *(("deepseek_v3", "hybridep.exchange"), ("glm4_moe", "hybridep.exchange"), ("glm4_moe_lite", "deepep.exchange")),
+    ("nemotron_h", "deepep.exchange"),
+)
+"""Model types, and the exchange beside which reserved bytes were not within 3 % of the replay (GLM-4.7-Flash: -16 %, Nemotron 3
+Nano -3.1 and -4.5 %), or not rehearsed over eight ranks (GLM-4.5)."""
 
 
 def _deals_tokens(job: Job) -> bool:

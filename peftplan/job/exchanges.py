@@ -136,6 +136,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged((), ADAMW, False, True, stages=True, whole=True),
     ),
     "nemotron_h": (
+        Exchanged(("te-norm.rms_norm", *OF_NEMOTRON, IN_TURN, "te-linear.dense"), ADAMW, True, True),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, False),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ADAMW, False, True, syncs=True),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora", shared=True),

@@ -275,7 +275,7 @@ SCANNING = ("nemotron_h", "falcon_h1")
 """Model types with Mamba 2, whose formula is that of mamba-ssm's function."""
 DIVIDED = ("qwen3_moe", "glm4_moe_lite", "deepseek_v3", "nemotron_h", "gpt_oss", "minimax_m2", "glm_moe_dsa", "ernie4_5_moe")
 """Mixtures whose experts NeMo Automodel divides among ranks."""
-WITH_FAKE_GATE = ("qwen3_moe", "deepseek_v3", "gpt_oss", "glm4_moe", "glm4_moe_lite", "minimax_m2", "glm_moe_dsa")
+WITH_FAKE_GATE = ("qwen3_moe", "deepseek_v3", "gpt_oss", "glm4_moe", "glm4_moe_lite", "minimax_m2", "glm_moe_dsa", "nemotron_h")
 """Those of them whose experts the tool's fake gate gave tokens in turn."""
 DELTA_RULES = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 """Model types with a gated delta rule that flash-linear-attention computes."""
@@ -299,7 +299,7 @@ OF_PACKAGE = {
     ),
     "torch-norm": ("llama", "qwen2", *WITH_FAKE_GATE),
     **dict.fromkeys(("torch-lora", "torch-compile", "quack"), ("llama", "qwen2")),
-    "te-norm": ("nemotron_h", *WITH_FAKE_GATE),
+    "te-norm": WITH_FAKE_GATE,
     **dict.fromkeys(("deepep-again", "balanced"), WITH_FAKE_GATE),
     "mamba-ssm": SCANNING,
     "fla": DELTA_RULES,

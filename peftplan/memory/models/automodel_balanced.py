@@ -9,9 +9,9 @@ from peftplan.memory.models.style import Call
 from peftplan.tape.tensors import Dims, Tensor
 
 
-def gate_in_turn(c: Call, x: Tensor) -> tuple[Tensor, Tensor]:
+def gate_in_turn(c: Call, x: Tensor, name: str = "mlp") -> tuple[Tensor, Tensor]:
     """The same weight for each expert of a token, and its experts; neither has a gradient."""
-    f = c.at("mlp.gate")
+    f = c.at(f"{name}.gate")
     dims: Dims = (*x.dims[:-1], c.block.mlp.num_experts_per_tok)
     ones = f.new(dims, "fp32", "ones")
     weights = f.new(dims, "fp32", "div")

@@ -15,6 +15,7 @@ from peftplan.memory.attention import attend
 from peftplan.memory.calls import inputs
 from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import checkpointed, opaque_rms
+from peftplan.memory.models.automodel_balanced import gate_in_turn
 from peftplan.memory.models.automodel_deepep import experts as divided_experts
 from peftplan.memory.models.automodel_ep import gate
 from peftplan.memory.models.automodel_moe import experts
@@ -29,22 +30,26 @@ from peftplan.tape.tensors import Gradients, Node, Tensor
 
 def nemotron_h(model: Model) -> Tensor:
     """`NemotronV3Model.forward`."""
-    return run_layers(model, STYLE, [inputs(model)], lambda _: (), masks={})
+    style = STYLE if model.running.kernels.exchange is None else OVER_RANKS
+    return run_layers(model, style, [inputs(model)], lambda _: (), masks={})
 
 
 def layer(c: Call, x: Tensor) -> Tensor:
     """`NemotronV3Block.forward`, whose `mixer` is a checkpoint on one GPU (components/distributed/activation_checkpointing.py,
-    `apply_submodule_checkpointing`)."""
+    `apply_submodule_checkpointing`), and which is one itself where ranks divide experts (components/moe/parallelizer.py,
+    `apply_ac`)."""
     apart = mixture if c.block.mlp.variant == "moe" else partial(squared_mlp, name="mixer")
     part = mamba if c.block.state_space else attention if c.block.attentions else apart
-    out = checkpointed(c, partial(part, c), c.norm("norm", x))
+    run = partial(checkpointed, c, partial(part, c)) if c.style.checkpoints_parts else partial(part, c)
+    out = run(c.norm("norm", x))
     return ops.add(c.at(), x, out)
 
 
 def mamba(c: Call, x: Tensor) -> Tensor:
-    """`NemotronV3Mamba2Mixer.forward`: the batch's mask, which packed rows have not, multiplies what it reads."""
+    """`NemotronV3Mamba2Mixer.forward`: the batch's mask, which packed rows and a benchmark's have not, multiplies its input."""
     assert c.block.state_space is not None
-    x = ops.scale(c.at("mixer"), x) if c.model.running.kernels.attention is None else x
+    kernels = c.model.running.kernels
+    x = ops.scale(c.at("mixer"), x) if kernels.attention is None and kernels.gate is None else x
     projected, unit = c.linear("mixer.in_proj", x), in_fp32(c.number)
     projected = c.model.units.leave(unit, c.model.units.enter_with(unit, projected))
     return state_space.mixer(c.model, f"{c.style.stack}.mixer", c.number, c.block.state_space, projected)
@@ -71,8 +76,11 @@ def mixture(c: Call, x: Tensor) -> Tensor:
     _tokens = c.at("mixer").new(x.dims[:-1], "bool", "ones")
     latent = c.model.has(f"{c.style.stack}.mixer.fc1_latent_proj", c.number)
     read = c.linear("mixer.fc1_latent_proj", x) if latent else x
-    weights, indices = gate(c, x, "mixer", counts=False)
-    weights = c.at("mixer.gate").to(weights, x.dtype)
+    if c.model.running.kernels.gate is None:
+        weights, indices = gate(c, x, "mixer", counts=False)
+        weights = c.at("mixer.gate").to(weights, x.dtype)
+    else:
+        weights, indices = gate_in_turn(c, x, "mixer")
     shared = squared_mlp(c, x, "mixer.shared_experts")
     if c.model.running.kernels.exchange is None:
         mixed = experts(c, read, weights, indices, "mixer", between=squared)
@@ -98,3 +106,4 @@ def _squared_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tens
 
 
 STYLE = Style(norm=opaque_rms, layer=layer, final_norm="model.norm_f", checkpoints_parts=True)
+OVER_RANKS = STYLE._replace(checkpoints_parts=False)

@@ -737,6 +737,9 @@ def test_balanced_routing_has_no_weights(model: str, trainable: int) -> None:
     assert estimate.trainable_parameters == trainable
 
 
+NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
+
+
 @pytest.mark.parametrize(
     ("changes", "kernels", "unknown"),
     [
@@ -750,6 +753,8 @@ def test_balanced_routing_has_no_weights(model: str, trainable: int) -> None:
             "te-norm,hybridep,te-linear,te-mxfp8,balanced",
             set(),
         ),
+        ({"model": NANO}, "te-norm,mamba-ssm,deepep,te-linear,balanced", set()),
+        ({"model": NANO, "rms_norm": "torch_fp32"}, None, {"model.backend.linear"}),
         ({"fake_gate_noise": 0.5}, None, {"loss_fn.fp32_upcast", "dataset._target_", "model.backend.fake_balanced_gate"}),
         ({"linear": "quack"}, None, {"model.backend.linear"}),
     ],
@@ -766,9 +771,10 @@ def test_what_of_the_benchmarks_mixtures_has_a_formula(changes: dict[str, Any], 
             "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_config",
             "config": {
                 "_target_": "transformers.AutoConfig.from_pretrained",
-                "pretrained_model_name_or_path": "Qwen/Qwen3-30B-A3B",
+                "pretrained_model_name_or_path": changes.get("model", "Qwen/Qwen3-30B-A3B"),
+                "trust_remote_code": "model" in changes,
             },
-            "backend": backend | {name: value for name, value in changes.items() if name != "again"},
+            "backend": backend | {name: value for name, value in changes.items() if name not in ("again", "model")},
         },
         loss_fn={"_target_": "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy", "fp32_upcast": False},
         dataset={"_target_": MOCK, "seq_len": 4096},
