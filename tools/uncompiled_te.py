@@ -165,27 +165,30 @@ def _product(a: Any, turns_a: bool, b: Any, turns_b: bool, out: Any, *settings: 
     import torch
 
     bias, grad = settings[2], settings[6]
-    dtype, a, b = getattr(a, "_dtype", None) or a.dtype, _data(a), _data(b)
-    columns, rows = a.shape[0] if turns_a else a.shape[-1], (b.shape[-1],) if turns_b else b.shape[:-1]
-    result = torch.empty((*rows, columns), dtype=dtype, device=a.device) if out is None else out
+    dtype, of_a, of_b = getattr(a, "_dtype", None) or a.dtype, _logical(a), _logical(b)
+    columns, rows = of_a[0] if turns_a else of_a[-1], (of_b[-1],) if turns_b else of_b[:-1]
+    result = torch.empty((*rows, columns), dtype=dtype, device="cuda") if out is None else out
     return [
         result,
-        torch.empty(b.shape[-1], dtype=bias.dtype, device=b.device) if grad and bias is not None else None,
+        torch.empty(of_b[-1], dtype=bias.dtype, device="cuda") if grad and bias is not None else None,
         None,
         None,
     ]
 
 
-def _data(tensor: Any) -> Any:
-    """The numbers of a quantized tensor, by row if it has those, or the tensor."""
-    rows = getattr(tensor, "_rowwise_data", tensor)
-    return tensor._columnwise_data if rows is None else rows
+def _logical(tensor: Any) -> Any:
+    """The shape for which a quantized tensor stands, however its numbers lie, or that of a tensor."""
+    return tensor.size()
 
 
 def _quantized(tensor: Any, quantizer: Any, out: Any = None, *_: Any) -> Any:
-    """Numbers of 8 bits and their scales, by row and by column as the quantizer says (csrc/quantizer.cpp,
-    `MXFP8Quantizer::create_tensor`)."""
+    """Numbers of 8 bits and their scales, by row and by column as the quantizer says (csrc/quantizer.cpp, `create_tensor` of
+    `MXFP8Quantizer`, `Float8CurrentScalingQuantizer` and `Float8BlockQuantizer`)."""
     return out if out is not None else _stored(quantizer, tensor, quantizer.alloc_tensors(tensor.shape, device=tensor.device))
+
+
+BY_TENSOR = {"_data": "data", "_transpose": "data_transpose", "_scale_inv": "fp8_scale_inv"}
+"""Attributes of a tensor with one scale → arguments of its class, of which others are named like the attributes."""
 
 
 def _stored(quantizer: Any, tensor: Any, parts: dict[str, Any]) -> Any:
@@ -193,29 +196,39 @@ def _stored(quantizer: Any, tensor: Any, parts: dict[str, Any]) -> Any:
     settings = dict(known["nontensor_kwargs"])
     if not quantizer.internal:
         settings |= {"shape": tensor.shape, "dtype": settings.pop("fake_dtype"), "device": tensor.device}
-    names = (f"_{side}wise_{part}" for side in ("row", "column") for part in ("data", "scale_inv"))
-    return known["cls"](**{name[1:]: parts.get(name) for name in names}, **settings)
+    sides = [f"_{side}wise_{part}" for side in ("row", "column") for part in ("data", "scale_inv")]
+    names = BY_TENSOR if "_scale_inv" in parts else {name: name[1:] for name in sides}
+    return known["cls"](**{argument: parts.get(name) for name, argument in names.items()}, **settings)
 
 
 def _split(tensor: Any, rows: list[int], quantizers: list[Any], **_: Any) -> list[Any]:
-    """The same of each expert's rows, of which all numbers by row, and all by column, share a buffer with their scales
-    (csrc/extensions/cast.cpp, `bulk_allocate_mxfp8_tensors`; allocate.cpp)."""
+    """The same of each expert's rows, of which all numbers by row, and all by column, share a buffer with their scales, but those
+    with one scale each (csrc/extensions/cast.cpp, `split_quantize`, `bulk_allocate_mxfp8_tensors`,
+    `bulk_allocate_fp8_blockwise_tensors`; allocate.cpp)."""
     import torch
 
+    pieces = tensor.split(rows)
     shapes = [quantizer.inner_tensor_specs((count, tensor.shape[-1])) for count, quantizer in zip(rows, quantizers, strict=True)]
+    if "_scale_inv" in shapes[0]:
+        return [_quantized(piece, quantizer) for piece, quantizer in zip(pieces, quantizers, strict=True)]
     parts: list[dict[str, Any]] = [{} for _ in rows]
     for side in ("row", "column"):
         kinds = ((f"_{side}wise_data", 256), (f"_{side}wise_scale_inv", 16))
-        wanted = [(of, name, align, each[name][0]) for name, align in kinds for of, each in enumerate(shapes) if name in each]
+        wanted = [(of, name, align, *each[name]) for name, align in kinds for of, each in enumerate(shapes) if name in each]
         end, places = 0, []
-        for *_known, align, shape in wanted:
+        for *_known, align, shape, dtype in wanted:
             places.append(ceil(end / align) * align)
-            end = places[-1] + prod(shape)
+            end = places[-1] + prod(shape) * dtype.itemsize
         buffer = torch.empty(end + 256, dtype=torch.uint8, device=tensor.device) if wanted else None
-        for place, (of, name, _align, shape) in zip(places, wanted, strict=True):
+        for place, (of, name, _align, shape, dtype) in zip(places, wanted, strict=True):
             assert buffer is not None
-            parts[of][name] = buffer[place : place + prod(shape)].view(shape)
-    return [_stored(*pair) for pair in zip(quantizers, tensor.split(rows), parts, strict=True)]
+            parts[of][name] = buffer[place : place + prod(shape) * dtype.itemsize].view(dtype).view(shape)
+    return [_stored(*triple) for triple in zip(quantizers, pieces, parts, strict=True)]
+
+
+def _with_bias(gradient: Any, quantizer: Any) -> tuple[Any, Any]:
+    """The gradient of a bias, and a gradient in 8 bits (csrc/extensions/bias.cpp, `bgrad_quantize`)."""
+    return gradient.new_empty(gradient.shape[-1]), _quantized(gradient, quantizer)
 
 
 def _normed(x: Any, weight: Any, *_: Any) -> list[Any]:
@@ -273,6 +286,7 @@ FUNCTIONS: dict[str, Any] = {
     "te_general_grouped_gemm": _products,
     "quantize": _quantized,
     "split_quantize": _split,
+    "bgrad_quantize": _with_bias,
     "rmsnorm_fwd": _normed,
     "rmsnorm_bwd": _normed_backward,
     "thd_read_half_tensor": _half,
