@@ -32,7 +32,11 @@ SHARED = {
     **dict.fromkeys(("te", "te-norm", "torch-norm", "torch-lora", "torch-compile", "quack"), ("fsdp2",)),
     "mamba-ssm": ("fsdp2", "zero2"),
     **dict.fromkeys(
-        ("deepep", "deepep-again", "hybridep", "uccl", "balanced", "te-linear", "te-experts", "te-mxfp8"), ("fsdp2",)
+        (
+            *("deepep", "deepep-again", "hybridep", "uccl", "balanced", "te-linear", "te-experts"),
+            *("te-mxfp8", "te-fp8", "te-fp8-blocks"),
+        ),
+        ("fsdp2",),
     ),
 }
 """Package → the strategies under which its kernels were rehearsed."""

@@ -100,8 +100,8 @@ TRAINING: dict[str, str] = {
     "--kernels": "kernels that replace the model's: unsloth, unsloth-compiled, unsloth-tiled, unsloth-rows, unsloth-function, "
     "unsloth-padded, unsloth-offload, unsloth-experts, unsloth-qat-int4|int8-int4|lora, axolotl, axolotl-fused, "
     "axolotl-offload, trl-offload, swift-offload, liger, torchao (QAT), torchao-int4, torchao-mxfp4, torchao-float8, te, "
-    "mamba-ssm, fla, deepep, deepep-again, hybridep, uccl, balanced, te-linear, te-experts, te-mxfp8, te-norm, torch-norm, "
-    "torch-lora, torch-compile, quack, or parts of them",
+    "mamba-ssm, fla, deepep, deepep-again, hybridep, uccl, balanced, te-linear, te-experts, te-mxfp8, te-fp8, "
+    "te-fp8-blocks, te-norm, torch-norm, torch-lora, torch-compile, quack, or parts of them",
     "--loss": f"how the loss is computed: {', '.join(get_args(Loss))}; default: auto, the trainer's",
     "--logits-to-keep": "compute logits only for the last N tokens of each sequence",
     "--router-loss/--no-router-loss": "add a mixture's load-balancing loss; default: as the trainer or the config says",

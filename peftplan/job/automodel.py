@@ -8,7 +8,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.job.automodel_quack import knows_quack
 from peftplan.job.automodel_scans import knows_recorded, knows_scan
 from peftplan.job.beside_towers import is_mixture, knows_tower
-from peftplan.job.exchanges import EXCHANGES, IN_TURN, MOST_GATHERING, ONE_BY_ONE, WORST, Exchanged, Rows, alike
+from peftplan.job.exchanges import EXCHANGES, IN_TURN, MOST_GATHERING, ONE_BY_ONE, WORST, Exchanged, Rows, alike, pads
 from peftplan.job.further_tokens import OF_QWEN, attends_then_mixes
 from peftplan.job.kernels import BY_OPERATION, SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART, RECEIVED
@@ -172,7 +172,7 @@ def knows_experts(job: Job) -> bool:
         by_row = "hybridep.exchange" in kernels  # a row for each expert of a token, of which experts get as many, but for one
         if not (whole and (by_row or alike(distributed.ep_size, mlp.num_experts, mlp.num_experts_per_tok))):
             return False
-        if gathers and distributed.ep_size > MOST_GATHERING[_in_stages(job)]:
+        if pads(job) or (gathers and distributed.ep_size > MOST_GATHERING[_in_stages(job)]):
             return False
     return alone and plain and here and whole and any(_resembles(job, shown) for shown in EXCHANGES[model_type])
 
@@ -226,7 +226,7 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     beside = (setup.kernels or ()) == shown.kernels and bool(setup.gradient_checkpointing) is shown.checkpoints
     as_often = (not several and not shown.apart) or (shown.several and shown.syncs is bool(distributed.sync_each_batch))
     stepped = not shown.optims or setup.optim in shown.optims
-    stacked = setup.optim in ONE_BY_ONE or "te-experts.experts" not in shown.kernels  # torch steps no tensors beside DTensors
+    stacked = setup.optim in ONE_BY_ONE or kernels_of(shown.kernels).experts is None  # torch steps no tensors beside DTensors
     owns = stacked if distributed.shards == distributed.ep_size else shown.shared
     ranks = (getattr(job.config, "r", 8), *getattr(job.config, "rank_pattern", {}).values())
     padded = IN_TURN in shown.kernels  # rehearsed with ranks of experts that are padded (components/_peft/lora_experts.py)

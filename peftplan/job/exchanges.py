@@ -1,9 +1,14 @@
 """How experts that ranks divide were rehearsed with NeMo Automodel's recipe (tests/rehearse/automodel.jsonl)."""
 
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from peftplan.arrays import Fact
+from peftplan.job.kernels import kernels_of
 from peftplan.job.loss_sizes import CUT_APART, NO_UPCAST
+
+if TYPE_CHECKING:
+    from peftplan.job.job import Job
 
 Rows = Literal["few", "many", "most"]
 
@@ -45,6 +50,17 @@ def alike(ranks: int, experts: int, k: int) -> bool:
     """Whether all of these ranks get as many tokens, which take k of the experts in turn."""
     owned, places = experts // ranks, [{(token * k + place) % experts for place in range(k)} for token in range(experts)]
     return len({sum(any(n // owned == rank for n in each) for each in places) for rank in range(ranks)}) == 1
+
+
+def pads(job: "Job") -> Fact:
+    """Whether the tool pads what each expert of a rank gets, to compute in 8 bits (transformer-engine 2.20.2,
+    pytorch/module/fp8_padding.py)."""
+    by_engine = kernels_of(job.setup.kernels or ()).experts
+    if by_engine is None or by_engine.narrow is None or job.distributed is None:
+        return False
+    mlp = job.architecture.blocks[-1].mlp
+    owned = mlp.num_experts // (job.distributed.ep_size or 1)
+    return job.setup.rows * job.setup.seq_len * mlp.num_experts_per_tok % (owned * by_engine.narrow.rows) != 0
 
 
 IN_TURN = "balanced.gate"
@@ -102,14 +118,9 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(OF_DEEP_IN_TURN, ADAMW, True, True),
         Exchanged(OF_DEEP_IN_TURN, ADAMW, False, True),
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True),
-        Exchanged(
-            ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense", "te-experts.experts"),
-            *(ONE_BY_ONE, True, True),
-        ),
-        Exchanged(
-            ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense", "te-mxfp8.experts"),
-            *(ONE_BY_ONE, True, True),
-        ),
+        Exchanged((*OF_HYBRID_IN_TURN, "te-experts.experts"), ONE_BY_ONE, True, True),
+        Exchanged((*OF_HYBRID_IN_TURN, "te-mxfp8.experts"), ONE_BY_ONE, True, True),
+        Exchanged((*OF_DEEP_IN_TURN, "te-fp8-blocks.experts"), ONE_BY_ONE, False, True),
         Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True, shared=True),
         Exchanged(("deepep.exchange",), ADAMW, True, True),
         Exchanged(("deepep.exchange", "te-linear.dense"), ("flash_adamw", "te_fused_adam"), True, True, cuts=True),
@@ -127,6 +138,8 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, shared=True, stages=True),
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True),
         Exchanged(OF_DEEP_IN_TURN, ONE_BY_ONE, False, True),
+        Exchanged((*OF_DEEP_IN_TURN, "te-experts.experts"), ONE_BY_ONE, False, True),
+        Exchanged((*OF_DEEP_IN_TURN, "te-fp8.experts"), ONE_BY_ONE, False, True),
         Exchanged(OF_DEEP_IN_TURN, ADAMW, True, True, stages=True, whole=True),
         Exchanged(OF_DEEP_IN_TURN, ADAMW, True, True),
         Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),
@@ -152,6 +165,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("te-norm.rms_norm", "deepep.exchange", "te-linear.dense"), ("flash_adamw", "te_fused_adam"), False, True),
         Exchanged(OF_HYBRID_IN_TURN, ANY_ADAM, False, True),
         Exchanged((*OF_HYBRID_IN_TURN, "te-experts.experts"), ANY_ADAM, False, True, shared=True),
+        Exchanged((*OF_HYBRID_IN_TURN, "te-mxfp8.experts"), ONE_BY_ONE, True, True, shared=True),
         Exchanged((), ADAMW, False, True),
         Exchanged((), ADAMW, False, True, "lora"),
     ),

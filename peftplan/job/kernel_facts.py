@@ -194,13 +194,31 @@ class Remade(NamedTuple):
     source: str
 
 
+class Scales(NamedTuple):
+    """One for so many numbers of a row, or of a column."""
+
+    numbers: int
+    dtype: str
+
+
+class Narrow(NamedTuple):
+    """How layers compute in 8 bits: the scales of what they read, and of weights, None where they are few."""
+
+    scales: Scales | None = None
+    of_weights: Scales | None = None
+    rows: int = 16
+    """What rows of an expert are a multiple of; else the tool pads them (pytorch/quantization.py,
+    `get_align_size_for_quantization`)."""
+
+
 class Projections(NamedTuple):
     """Linear layers, or those of experts one by one, of Transformer Engine, which keeps workspaces of cuBLASLt for them."""
 
     source: str
     workspaces: int = 1
-    copies: bool = False
-    """Whether copies of the weights in MXFP8, by row and by column, stay from the first forward on."""
+    narrow: Narrow | None = None
+    """How they, and the package's other linear layers, compute in 8 bits: of experts' weights, copies by row and by column stay
+    from the first forward on."""
 
 
 Part: TypeAlias = (

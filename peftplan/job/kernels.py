@@ -27,6 +27,7 @@ from peftplan.job.kernel_facts import (
     Kernel,
     LayerNorms,
     Lora,
+    Narrow,
     Norm,
     OffloadedActivations,
     PaddingFree,
@@ -34,6 +35,7 @@ from peftplan.job.kernel_facts import (
     Remade,
     Rotary,
     Rule,
+    Scales,
     Scan,
     SeparateExperts,
 )
@@ -52,6 +54,7 @@ UNSLOTH_CHECKPOINT = Checkpoint(
 UNSLOTH_LORA = Lora("unsloth 2026.10.9, kernels/fast_lora.py", overwrites_input=True, global_buffer=True, drops_inside=True)
 AXOLOTL_LORA = Lora("axolotl 0.21.0, kernels/lora.py", saves_casts=True, wide_gradients=True, takes_bias=True, drops_outside=True)
 
+IN_8_BITS = "transformer-engine 2.20.2, pytorch/module/grouped_linear.py (`_GroupedLinear`) under autocast"
 KERNELS: dict[str, Kernel] = {
     "unsloth.decoder": UNSLOTH_DECODER,
     "unsloth.padding_free": UNSLOTH_PADDING_FREE,
@@ -145,9 +148,9 @@ KERNELS: dict[str, Kernel] = {
     "te-experts.experts": Projections(
         "transformer-engine 2.20.2, pytorch/module/grouped_linear.py (`_GroupedLinear`)", workspaces=4
     ),
-    "te-mxfp8.experts": Projections(
-        "transformer-engine 2.20.2, pytorch/module/grouped_linear.py (`_GroupedLinear`) under autocast in MXFP8", 4, copies=True
-    ),
+    "te-mxfp8.experts": Projections(f"{IN_8_BITS} in MXFP8", 4, Narrow(Scales(32, "uint8"), Scales(32, "uint8"), rows=32)),
+    "te-fp8.experts": Projections(f"{IN_8_BITS} with current scaling, on H100", 4, Narrow()),
+    "te-fp8-blocks.experts": Projections(f"{IN_8_BITS} with block scaling, on H100", 4, Narrow(Scales(128, "fp32"))),
     "liger.glu": Gated("liger-kernel, ops/swiglu.py (`LigerSiLUMulFunction`), ops/geglu.py (`LigerGELUMulFunction`)"),
 }
 """Package and part → the kernel."""
@@ -162,6 +165,7 @@ DOCUMENTS = ("te.attention",)
 OF_EXPERTS = (
     *("deepep.exchange", "deepep-again.exchange", "hybridep.exchange", "uccl.exchange"),
     *("balanced.gate", "te-linear.dense", "te-experts.experts", "te-mxfp8.experts"),
+    *("te-fp8.experts", "te-fp8-blocks.experts"),
 )
 BY_OPERATION = "torch-lora.adapters"
 OF_COMPILED = "torch-compile.residual"
@@ -291,7 +295,7 @@ OF_PACKAGE = {
     "torchao-float8": ("mistral", "granite", "starcoder2", "cohere2", "gemma2", "llama", "qwen2", "phi3", "glm"),
     "te": ("llama", "qwen2", "qwen3", "qwen3_moe", "glm4_moe_lite", "deepseek_v3", "gpt_oss", "nemotron_h"),
     "deepep": (*DIVIDED, "gemma4", "qwen3_vl_moe", "qwen3_5_moe"),
-    **dict.fromkeys(("uccl", "te-experts", "te-mxfp8"), DIVIDED),
+    **dict.fromkeys(("uccl", "te-experts", "te-mxfp8", "te-fp8", "te-fp8-blocks"), DIVIDED),
     "te-linear": (*DIVIDED, "glm4_moe", "qwen3_vl_moe"),
     "hybridep": (
         *("gpt_oss", "glm4_moe", "qwen3_moe", "deepseek_v3", "minimax_m2", "glm_moe_dsa", "qwen3_next", "qwen3_vl_moe"),

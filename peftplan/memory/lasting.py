@@ -9,7 +9,9 @@ from __future__ import annotations
 from math import prod
 
 from peftplan.deployment.kv_cache import kv_cache
+from peftplan.job.kernel_facts import Narrow
 from peftplan.job.kernels import DELTA_RULES, SCANNING
+from peftplan.memory.fused_attention import number
 from peftplan.memory.model import Model
 from peftplan.storage.config import FOUR_BIT
 from peftplan.tape.tensors import Dims, Tensor
@@ -36,8 +38,8 @@ def kept_on_card(model: Model) -> None:
     elif running.own_decoders and of_engine:
         made_by = [kernel for kernel in (running.kernels.dense, running.kernels.experts) if kernel is not None]
         model.lasting = [f.new((TE_WORKSPACE,), "uint8", "workspace") for kernel in made_by for _ in range(kernel.workspaces)]
-        if running.kernels.experts is not None and running.kernels.experts.copies:
-            model.lasting += copies_in_8_bits(model)
+        if running.kernels.experts is not None and running.kernels.experts.narrow is not None:
+            model.lasting += copies_in_8_bits(model, running.kernels.experts.narrow)
         if running.kernels.exchange is not None and running.kernels.exchange.hybrid:
             from peftplan.memory.models.automodel_ep import last_map
 
@@ -90,18 +92,17 @@ def static_cache(model: Model) -> list[Tensor]:
     return [f.many(("b", model.seq, prod(c.shape)), c.dtype, f"static cache, {c.part}", c.layers) for c in of_token]
 
 
-def copies_in_8_bits(model: Model) -> list[Tensor]:
-    """Each expert's matrices in MXFP8, by row and by column, with a byte for 32 numbers (transformer-engine 2.20.2,
-    pytorch/tensor/mxfp8_tensor.py, `get_scale_shape`, whose padding of other sizes is left out). The tool says which micro batch
-    is the first, by which the layer keeps them (nemo_automodel, components/models/common/utils.py:978). Left out: inputs that
-    linear layers save in 8 bits, counted in 16, and what is quantized for a product and freed behind it; the logits decide the
-    peak of the rehearsals, beside few of either."""
+def copies_in_8_bits(model: Model, narrow: Narrow) -> list[Tensor]:
+    """Each expert's matrices in 8 bits, by row and by column (transformer-engine 2.20.2, pytorch/tensor/mxfp8_tensor.py,
+    `get_scale_shape`, whose padding of other sizes is left out). The tool says which micro batch is the first, by which the layer
+    keeps them (nemo_automodel, components/models/common/utils.py:978)."""
     f, tensors = model.tape, []
     layers = [layer for block in model.arch.blocks if block.mlp.variant == "moe" for layer in block.layers]
-    for name, matrix in model.part("model.layers.{}.mlp.experts", layers[0]).params.items():
-        experts, rows, columns = matrix.dims
-        assert isinstance(experts, int)
-        assert isinstance(columns, int)
-        count = 2 * len(layers) * experts
-        tensors += [f.many((rows, width), "uint8", f"copy of {name} in 8 bits", count) for width in (columns, columns // 32)]
+    for layer in layers:
+        for name, matrix in model.part("model.layers.{}.mlp.experts", layer).params.items():
+            if len(matrix.dims) < len(("expert", "row", "column")):  # a bias
+                continue
+            experts, rows, columns = map(number, matrix.dims)
+            widths = (columns,) if narrow.of_weights is None else (columns, columns // narrow.of_weights.numbers)
+            tensors += [f.many((rows, width), "uint8", f"copy of {name} in 8 bits", 2 * experts) for width in widths]
     return tensors

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from peftplan.depth.sections import checkpointed_layers
-from peftplan.memory import fake_quantized, float8, fused_layers, mx_quantized, units
+from peftplan.memory import fake_quantized, float8, fused_layers, mx_quantized, te_float8, units
 from peftplan.memory.model_state import ModelState
 from peftplan.memory.parts import Part
 from peftplan.methods.adaptation import PROMPTED
@@ -54,6 +54,9 @@ class Model(ModelState):
             return fake_quantized.linear(f, part, x, self.scales, group=fake.group, scales_dtype=dtype)
         if self.running.kernels.linear is not None and float8.computes(part.own_weight.dims, is_head=self._is_head(part)):
             return float8.linear(f, part, x)
+        by_engine = self.running.kernels.experts
+        if self.running.kernels.dense is not None and by_engine is not None and by_engine.narrow is not None:
+            return te_float8.linear(f, part, x, by_engine.narrow)
         if part.kind == "LinearSubclass" and part.quant is None:
             return products.falcon_linear(f, x, part.own_weight, part.bias)
         if part.quant is None:

@@ -14,7 +14,7 @@ from functools import partial
 
 from peftplan.job.further_tokens import STACK
 from peftplan.memory.calls import inputs
-from peftplan.memory.experts import grouped, taken, top_k
+from peftplan.memory.experts import taken, top_k
 from peftplan.memory.fused_attention import number
 from peftplan.memory.model import Model
 from peftplan.memory.models.automodel import opaque_rms
@@ -30,7 +30,7 @@ from peftplan.memory.models.automodel_exchange import GPUS_OF_NODE, combined, di
 from peftplan.memory.models.automodel_hybrid import experts as over_hybrid_ep
 from peftplan.memory.models.automodel_latent import latent_attention, of_latent
 from peftplan.memory.models.automodel_loop import in_a_loop
-from peftplan.memory.models.automodel_moe import Activated, masked_rows, projected, rotary_table
+from peftplan.memory.models.automodel_moe import Activated, masked_rows, product_of, projected, rotary_table
 from peftplan.memory.models.automodel_moe import experts as of_all_ranks
 from peftplan.memory.models.automodel_moe import gate as gate_behind
 from peftplan.memory.models.automodel_moe import gpt_oss as with_flex_attention
@@ -230,7 +230,7 @@ def experts(
         second, _ = projected(f, params, chosen, probabilities, offsets, few=c.model.running.rows_of_experts == "few")
         del chosen, _
     else:
-        product = partial(grouped, f, kernel=True, bias=None, offsets=offsets)
+        product = product_of(f, c.model.running.kernels.experts, offsets)
         factors = adapters(c, f"{c.style.stack}.{name}", owned)
         out = product(chosen, up, up.dims[1])
         out, *_of_up = (out,) if factors is None else adapted(f, product, chosen, out, factors[0])

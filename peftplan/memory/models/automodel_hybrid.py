@@ -8,14 +8,12 @@ Source: nemo_automodel 0.7.0, components/moe/experts.py (`GroupedExpertsDeepEP`,
 
 from __future__ import annotations
 
-from functools import partial
-
-from peftplan.memory.experts import grouped, to_local
+from peftplan.memory.experts import to_local
 from peftplan.memory.fused_attention import number
 from peftplan.memory.models.automodel_adapted import adapted, adapters
 from peftplan.memory.models.automodel_chunks import in_chunks
 from peftplan.memory.models.automodel_ep import activated, combined, dispatched, exchange, gated, on_all, weighted
-from peftplan.memory.models.automodel_moe import projected
+from peftplan.memory.models.automodel_moe import product_of, projected
 from peftplan.memory.models.style import Call
 from peftplan.memory.units import experts as experts_of
 from peftplan.tape.tensors import Node, Tensor
@@ -40,12 +38,12 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor, *, after: bool
         second = in_chunks(f, params, chosen, probabilities)
     elif "down_proj_bias" in params:
         offsets = f.new((owned,), "int32", "to")
-        few, by_engine = c.model.running.rows_of_experts == "few", c.model.running.kernels.experts is not None
-        second, _ = projected(f, params, chosen, probabilities, offsets, few=few, by_engine=by_engine)
+        few, kernel = c.model.running.rows_of_experts == "few", c.model.running.kernels.experts
+        second, _ = projected(f, params, chosen, probabilities, offsets, few=few, kernel=kernel)
     else:
         up, down = (to_local(f, params[name]) for name in ("gate_up_proj", "down_proj"))
         offsets = f.new((owned,), "int32", "to")
-        product = partial(grouped, f, kernel=True, bias=None, offsets=offsets)
+        product = product_of(f, c.model.running.kernels.experts, offsets)
         factors = adapters(c, f"{c.style.stack}.mlp.experts", owned)
         out = product(chosen, up, up.dims[1])
         out, *_of_up = (out,) if factors is None else adapted(f, product, chosen, out, factors[0])

@@ -10,7 +10,11 @@ Left out: what Triton's autotuner takes in the first step, and the masks of whic
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
+from peftplan.job.kernel_facts import Projections
+from peftplan.ledger import Dim
+from peftplan.memory import te_float8
 from peftplan.memory.calls import inputs
 from peftplan.memory.experts import grouped, taken, to_local, top_k
 from peftplan.memory.fused_attention import FLASH_BLOCK, blocks, number
@@ -225,20 +229,28 @@ def projected(
     *,
     few: bool,
     between: Activated | None = None,
-    by_engine: bool = False,
+    kernel: Projections | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What experts give for their rows, and what the second product read: weights multiply what is between, and the second
-    bias. `few`: biases are added to all rows at once. `by_engine`: Transformer Engine's products add them, and what weights take
-    of the second bias comes behind (`GroupedExpertsTE`)."""
+    bias. `few`: biases are added to all rows at once. `kernel`: Transformer Engine's products, which add them, and what weights
+    take of the second bias comes behind (`GroupedExpertsTE`)."""
     up, down = params.get("gate_up_proj") or params["up_proj"], params["down_proj"]
     first, second = (params.get(f"{matrix}_bias") for matrix in ("gate_up_proj", "down_proj"))
     add = added_at_once if few else biased
-    out = grouped(f, x, up, number(up.dims[2 if between is None else 1]), kernel=True, bias=None, offsets=offsets)
-    out = out if first is None or by_engine else add(f, out, first, None)
+    product = product_of(f, kernel, offsets)
+    out = product(x, up, number(up.dims[2 if between is None else 1]))
+    out = out if first is None or kernel is not None else add(f, out, first, None)
     out = (between or activated)(f, out, weights)
-    result = grouped(f, out, down, x.dims[-1], kernel=True, bias=None, offsets=offsets)
-    weights = ops.shift(f, weights, "sub") if by_engine else weights
+    result = product(out, down, x.dims[-1])
+    weights = weights if kernel is None else ops.shift(f, weights, "sub")
     return result if second is None else add(f, result, second, weights), out
+
+
+def product_of(f: Tape, kernel: Projections | None, offsets: Tensor) -> Callable[[Tensor, Operand, Dim], Tensor]:
+    """The product of experts' rows with their matrices, of Transformer Engine in 8 bits or of torch's kernel."""
+    if kernel is not None and kernel.narrow is not None:
+        return partial(te_float8.grouped, f, narrow=kernel.narrow, offsets=offsets)
+    return partial(grouped, f, kernel=True, bias=None, offsets=offsets)
 
 
 def _scattered_backward(f: Tape, node: Node, saved: tuple[Tensor, Dims], g: Tensor) -> Tensor:

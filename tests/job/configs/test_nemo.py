@@ -755,6 +755,13 @@ NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
         ),
         ({"model": NANO}, "te-norm,mamba-ssm,deepep,te-linear,balanced", set()),
         ({"model": NANO, "rms_norm": "torch_fp32"}, None, {"model.backend.linear"}),
+        (
+            {"experts": "te", "te_fp8": {"recipe": "block"}, "whole": True},
+            "te-norm,deepep,te-linear,te-fp8-blocks,balanced",
+            set(),
+        ),
+        ({"experts": "te", "te_fp8": {"recipe": "block"}}, None, {"model.backend.te_fp8.recipe"}),
+        ({"experts": "te", "te_fp8": {"recipe": "current"}, "whole": True}, None, {"model.backend.te_fp8.recipe"}),
         ({"fake_gate_noise": 0.5}, None, {"loss_fn.fp32_upcast", "dataset._target_", "model.backend.fake_balanced_gate"}),
         ({"linear": "quack"}, None, {"model.backend.linear"}),
     ],
@@ -763,9 +770,9 @@ def test_what_of_the_benchmarks_mixtures_has_a_formula(changes: dict[str, Any], 
     """Tokens take experts in turn, the loss reads logits in bf16, and the data set makes the batches."""
     backend = {"attn": "te", "linear": "te", "rms_norm": "te", "experts": "gmm", "dispatcher": "deepep"}
     backend |= {"fake_balanced_gate": True, "enable_fsdp_optimizations": True}
-    again = "again" in changes
+    again, whole = "again" in changes, "whole" in changes
     plan = of_nemo(
-        {"strategy": "fsdp2", "ep_size": 8, "activation_checkpointing": True, "moe": {"ignore_router_for_ac": not again}},
+        {"strategy": "fsdp2", "ep_size": 8, "activation_checkpointing": not whole, "moe": {"ignore_router_for_ac": not again}},
         recipe="BenchmarkingRecipeForNextTokenPrediction",
         model={
             "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_config",
@@ -774,7 +781,7 @@ def test_what_of_the_benchmarks_mixtures_has_a_formula(changes: dict[str, Any], 
                 "pretrained_model_name_or_path": changes.get("model", "Qwen/Qwen3-30B-A3B"),
                 "trust_remote_code": "model" in changes,
             },
-            "backend": backend | {name: value for name, value in changes.items() if name not in ("again", "model")},
+            "backend": backend | {name: value for name, value in changes.items() if name not in ("again", "model", "whole")},
         },
         loss_fn={"_target_": "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy", "fp32_upcast": False},
         dataset={"_target_": MOCK, "seq_len": 4096},
