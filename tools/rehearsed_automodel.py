@@ -33,8 +33,8 @@ from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.read import read_values
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
+from tools import automodel_retrieval, checkpoints, hybrid_ep, uncompiled_te
 from tools import automodel_unsaid as unsaid
-from tools import checkpoints, hybrid_ep, uncompiled_te
 from tools.checkpoints import further_pattern, in_4_bits, in_8_bits, rename, rewrite, with_further_tokens
 from tools.rank_grid import cut
 from tools.rehearsed_recipes import complete, kept_of
@@ -165,6 +165,8 @@ def config(row: dict[str, Any], folder: str, output: str) -> dict[str, Any]:
         sections["dataset"] = {"seq_len": job["seq_len"], "num_samples": step * (STEPS + 1), "batch_size": batch}
         sections["dataloader"] = {"_target_": "torch.utils.data.DataLoader", "batch_size": None, "num_workers": 0}
         sections["benchmark"] = {"warmup_steps": 1, "peak_tflops": 989, "nsys_start": -1, "nsys_end": -1, "nsys_ranks": []}
+    if job.get("trainer") in automodel_retrieval.MODELS:
+        sections |= automodel_retrieval.sections(job, folder, step * (STEPS + 1))
     if row.get("recipe", {}).get("recipe") == OF_PICTURES:
         sections["model"]["_target_"] = "nemo_automodel.NeMoAutoModelForImageTextToText.from_pretrained"
         sections["dataloader"]["collate_fn"] = {"_target_": f"{__name__}.pictureless"}
@@ -312,7 +314,8 @@ def recipe() -> None:
 
         module = "llm.benchmark"
         flops_utils.calculate_mfu = lambda *_, **__: 0.0  # of times that the emulated card does not hold
-    module = {OF_PICTURES: "vlm.finetune", "distillation": "llm.kd"}.get(settings["recipe"], module)
+    others = {OF_PICTURES: "vlm.finetune", "distillation": "llm.kd", **automodel_retrieval.MODULES}
+    module = others.get(settings["recipe"], module)
     runpy.run_module(f"nemo_automodel.recipes.{module}", run_name="__main__", alter_sys=True)
 
 

@@ -10,7 +10,7 @@ from peftplan.analytic.families import check_family
 from peftplan.analytic.kernel_checks import WRITTEN, kernels_without_formula, reads_8_bits, reads_packed
 from peftplan.analytic.mixers import check_delta_rule, check_mixer
 from peftplan.analytic.of_tools import unlike_rehearsed
-from peftplan.analytic.trainer_checks import check_embedding, check_trainer
+from peftplan.analytic.trainer_checks import check_embedding, check_passages, check_trainer
 from peftplan.errors import NeedsTraceError, NoEngineError, NoRankFormulaError
 from peftplan.job import loss_sizes
 from peftplan.job.automodel import builds
@@ -80,6 +80,8 @@ def check(job: Job) -> None:
     check_virtual_tokens(job)
     if job.setup.by.embeds:
         check_embedding(job)
+    if job.setup.by.passages is not None:
+        check_passages(job)
     if model_type in OF_TEXT_PARTS or job.architecture.has_towers:
         from peftplan.analytic.text_part_checks import check_text_part  # which few jobs need
 

@@ -215,7 +215,7 @@ def compile_job(inventory: "Inventory", step_key: tuple[object, ...], *, compute
         workspaces=workspaces,
         virtual_tokens=model.virtual_tokens,
         loss=loss_sizes(job),
-        rows=setup.by.rows,
+        rows=setup.rows_of_example,
         on_host=tuple(model.on_host),
         expandable=segments_grow(setup),
         limits=limits_of(job, compute_capability),

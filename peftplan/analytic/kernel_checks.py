@@ -64,8 +64,10 @@ def _embeds_compiled(setup: Setup) -> bool:
 
 def _patches_layers(job: Job) -> bool:
     """Whether Liger's kernels of layers run in pairs of one GPU, or score completions there without a reference, as was rehearsed
-    (tests/rehearse/preferences.jsonl)."""
+    (tests/rehearse/preferences.jsonl), or read passages (tests/rehearse/automodel_passages.jsonl)."""
     of_liger = all(name.startswith("liger.") for name in job.setup.kernels or ())
+    if job.setup.by.passages is not None:
+        return of_liger
     compares = job.setup.by.generates and len(job.setup.forwards) > 1
     return job.setup.by.patches_layers and of_liger and job.distributed is None and not compares
 
@@ -105,7 +107,8 @@ def kernels_without_formula(job: Job) -> str | None:
         and not all(name.startswith(WITH_EAGER) for name in setup.kernels)
     ):
         return "kernels with eager attention"
-    if (why := without_formula(setup.kernels, architecture.model_type, architecture.task_type)) is not None:
+    task = architecture.task_type if setup.by.passages is None else "CAUSAL_LM"  # whose layers they are
+    if (why := without_formula(setup.kernels, architecture.model_type, task)) is not None:
         return why
     if kernels_of(setup.kernels).decoder is not None:
         if (windows := _windows(job)) and setup.seq_len > min(windows):

@@ -91,7 +91,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         loss=setup.loss,
         of_completions=setup.packs_completions,
         holds_hidden_states=setup.packs_completions and not _returns_last(job),  # unsloth, models/rl.py:2089
-        returns_hidden_states=setup.by.values or (setup.of_hidden_pairs and setup.by.sums_rows),
+        returns_hidden_states=setup.by.values or setup.by.passages == "apart" or (setup.of_hidden_pairs and setup.by.sums_rows),
         scored_rows=setup.scored_rows // setup.rows,
         kept_caches=setup.generation_rows // setup.rows if keeps_cache(job) else 0,
         loss_facts=loss.facts(setup.rows, loss.length(tokens + loss.virtual_tokens)),
@@ -123,6 +123,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
         token_outputs=setup.by.token_outputs,
         shows_picture=setup.by.shows_picture and job.architecture.model_type in SHOWN_PICTURES,
         embeds_rows=setup.by.embeds_rows,
+        passages=setup.n_passages or 0,
         reads_answer=setup.loss_type == CHORD,
         scores_words=setup.by.scores_words,
         parts_of_row=job.distributed.world_size if job.distributed and setup.by.shares_texts else 1,
@@ -132,6 +133,7 @@ def running_of(job: Job, compute_capability: str) -> Running:
             or setup.by.loss_apart
             or setup.by.teaches
             or setup.by.embeds_rows
+            or setup.by.passages is not None
             or setup.loss in OF_FUNCTION
         ),
     )
@@ -204,6 +206,7 @@ def loss_sizes(job: Job) -> LossSizes:
         parts=1 if job.distributed is None else job.distributed.parts,
         multiple=BLOCK_OF_FLEX if job.setup.packs_completions and row is not None and flex else 1,
         answers=job.setup.loss_type == CHORD,
+        passages=(job.setup.n_passages or 0) if job.setup.by.passages == "apart" else 0,
         trains_head=job.method_name == "full" or not OUTSIDE.isdisjoint(getattr(job.config, "modules_to_save", None) or ()),
         hidden_bytes=ITEMSIZE["fp32" if row is not None and row.wide_norm else job.setup.dtype],
     )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from peftplan.arch.modules import Architecture
 from peftplan.arrays import Fact, Size
-from peftplan.job.loss_sizes import OF_ANSWER, LossSizes
+from peftplan.job.loss_sizes import OF_ANSWER, OF_PASSAGES, LossSizes
 from peftplan.memory.fused_attention import FLASH_BLOCK, MASK_GRADIENT_MULTIPLE, MASK_MULTIPLE
 
 MULTIPLES = (8, 16, 32, 64, 128, 256)
@@ -123,4 +123,7 @@ def sizes(b: Size, s: Size, *, virtual_tokens: int, loss: LossSizes) -> dict[str
         answer = s - (loss.completion or 0)
         of_row = sizes(b // b, answer, virtual_tokens=virtual_tokens, loss=loss._replace(answers=False, completion=None))
         by_name |= {f"{OF_ANSWER}{name}": size for name, size in of_row.items()}
+    if loss.passages:
+        of_rows = sizes(loss.passages * b, s, virtual_tokens=virtual_tokens, loss=loss._replace(passages=0))
+        by_name |= {f"{OF_PASSAGES}{name}": size for name, size in of_rows.items()}
     return by_name | loss.named(b, loss.length(s + virtual_tokens))

@@ -19,6 +19,8 @@ REWARDED_OPTIMIZERS = ("adamw_torch_fused", "adamw_torch")
 """Optimizers that were."""
 PACKED = ("llama", "mistral", "qwen2", "qwen3")
 """Model types whose packed rows were rehearsed, or have the same masks."""
+IN_TORCH = ("adamw_torch", "adamw_torch_fused")
+"""Optimizers with which passages were read."""
 EMBEDDED = ("bert", "xlm-roberta", "roberta", "distilbert", "modernbert", "llama", "qwen3", "gemma3_text")
 """Model types whose steps with embeddings of pairs were rehearsed, and RoBERTa, which runs XLM-RoBERTa's code."""
 
@@ -92,6 +94,23 @@ def check_embedding(job: Job) -> None:
     if name not in ("full", "lora") or job.quant is not None or model_type not in EMBEDDED:
         base = "" if job.quant is None else f" on a base in {job.quant.name}"
         raise NoEngineError(f"{name}{base} of model type {model_type} with {job.setup.by.called} (no formula yet)")
+
+
+def check_passages(job: Job) -> None:
+    """Raise NoEngineError for a recipe for retrieval that was not rehearsed so (tests/rehearse/automodel_passages.jsonl): of
+    Llama, in full, over ranks that share nothing but shards."""
+    setup, distributed = job.setup, job.distributed
+    plain = job.quant is None and setup.dtype == "bf16" and setup.attn_implementation == "sdpa" and not setup.padding
+    whole = job.method_name == "full" and job.architecture.model_type == "llama" and not setup.gradient_checkpointing
+    as_made = distributed is not None and (
+        distributed.strategy == "fsdp2"
+        and distributed.shards == distributed.world_size
+        and distributed.reshard_after_forward is None
+        and not distributed.forward_prefetch
+        and distributed.offload_params in (None, "none")
+    )
+    if not (plain and whole and as_made) or setup.optim not in (*IN_TORCH, "te_fused_adam"):
+        raise NoEngineError(f"a step of {setup.by.called} with this model, method, optimizer or strategy (no formula yet)")
 
 
 def _writes_as_rehearsed(job: Job) -> bool:

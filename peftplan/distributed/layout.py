@@ -63,6 +63,8 @@ AUTOMODEL = Layout(
 """nemo_automodel 0.7.0, components/distributed/parallelizer.py (`apply_fsdp2_sharding_recursively`, `frozen_multimodal_sharding`,
 `_fully_shard_untied_input_output_embeddings`), components/checkpoint/checkpointing.py (`initialize_model_weights`),
 _transformers/model_init.py (`_stream_load_bnb_weights`)."""
+OF_ENCODERS = AUTOMODEL._replace(ends="root", loads="modules")
+"""Its wrapper of an encoder, which names no embedding and is made on the host (_transformers/retrieval.py)."""
 AXOLOTL = Layout(ends="root", frees_root=True)
 """axolotl 0.19.0, monkeypatch/accelerate/fsdp2.py (`fsdp2_prepare_model`), in place of accelerate's, as which it loads."""
 LLAMA_FACTORY_V1 = Layout(

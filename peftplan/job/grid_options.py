@@ -65,6 +65,7 @@ class GridOptions(OtherWords, total=False):
     max_prompt_length: Axis[int | None]
     num_generations: Axis[int | None]
     steps_per_generation: Axis[int | None]
+    n_passages: Axis[int | None]
     tool_turns: Axis[bool | None]
     rollout_batch_size: Axis[int | None]
     mtp_depths: Axis[int | None]

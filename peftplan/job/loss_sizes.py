@@ -104,6 +104,8 @@ ALL_LOGITS = ("full", NO_UPCAST, "te-parallel", "unsloth-logits", RECEIVED, *OF_
 
 CHORD: Final = "chord"
 """The loss of completions, and of rows whose answers are given."""
+OF_PASSAGES = "passages "
+"""What named sizes of the passages of all queries begin with."""
 OF_ANSWER = "answer "
 """What named sizes of a row whose answer is given begin with."""
 
@@ -142,6 +144,8 @@ class LossSizes(NamedTuple):
     """Equal parts into which these divide it."""
     trains_head: bool = False
     """Whether the head, or a copy of it, trains."""
+    passages: int = 0
+    """Passages of each query, which a forward of their own reads."""
     answers: bool = False
     """Whether a row whose answer is given is read beside completions, as long as a prompt."""
     hidden_bytes: int = WIDE

@@ -70,6 +70,7 @@ class SetupOptions(TypedDict, total=False):
     max_prompt_length: int | None
     num_generations: int | None
     steps_per_generation: int | None
+    n_passages: int | None
     tool_turns: bool | None
     rollout_batch_size: int | None
     mtp_depths: int | None

@@ -155,7 +155,7 @@ def setup_of_trainer(method: methods.Method | None, setup_options: Options) -> d
     trainer = TRAINERS[name]
     if trainer.num_labels is not None:
         return {"task_type": trainer.task, "num_labels": trainer.num_labels}
-    if trainer.embeds:
+    if trainer.embeds or trainer.passages == "apart":
         return {"task_type": trainer.task}
     whole = method is not None and method.name == "full"
     return {"dtype": "fp32"} if whole and trainer.full_in_fp32 else {}

@@ -107,6 +107,7 @@ class Setup(BaseModel):
     max_prompt_length: Count | None = None
     num_generations: Annotated[int | None, Field(ge=2, le=MOST)] = None
     steps_per_generation: Count | None = None
+    n_passages: Count | None = None
     tool_turns: bool | None = None
     rollout_batch_size: Count | None = None
     mtp_depths: Annotated[int | None, Field(ge=0, le=MOST)] = None
@@ -197,7 +198,12 @@ class Setup(BaseModel):
     @property
     def rows(self) -> int:
         """Sequences of a forward: two for each example where it is a pair."""
-        return self.batch_size * self.by.rows
+        return self.batch_size * self.rows_of_example
+
+    @property
+    def rows_of_example(self) -> int:
+        """Sequences of a forward for each example."""
+        return self.by.rows * (self.n_passages or 1 if self.by.passages == "with query" else 1)
 
 
 VLLM_SHARE = 0.3

@@ -111,7 +111,8 @@ def task_notes(model: object, architecture: Architecture, setup: Setup) -> Itera
     if "max_completion_length" in setup.by.options and (completion is None or completion >= setup.seq_len):
         why = "is not set" if completion is None else f"{completion:,} leaves no prompt within seq_len {setup.seq_len:,}"
         yield f"max_completion_length {why}: every token of a sequence except the first is counted as part of the completion"
-    scores = architecture.task_type == "SEQ_CLS" and any(module.name == "score" for module in architecture.modules)
+    of_last_token = architecture.task_type == "SEQ_CLS" and setup.by.passages is None
+    scores = of_last_token and any(module.name == "score" for module in architecture.modules)
     if scores and setup.batch_size > 1 and not _has_pad_token(sources.load_config(model)):
         yield (
             f"{model_class} takes more than one sequence only with a pad token, and the model's config has none: "
@@ -154,7 +155,7 @@ def without_loss(model: object, architecture: Architecture, setup: Setup) -> str
 
     A bare model that peftplan does not read itself can have its own loss (CLIP): only the trace engine can tell.
     """
-    if architecture.task_type != BARE or architecture.model_type not in READERS or setup.by.embeds:
+    if architecture.task_type != BARE or architecture.model_type not in READERS or setup.by.embeds or setup.by.passages:
         return None
     return f"task_type: {architecture.model_class} has no loss to train on; accepted: {', '.join(_with_loss(model))}"
 

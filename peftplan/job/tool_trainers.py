@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftplan.distributed.layout import AUTOMODEL, TORCHTUNE
+from peftplan.distributed.layout import AUTOMODEL, OF_ENCODERS, TORCHTUNE
 from peftplan.job.axolotl_trainers import IN_AXOLOTL
 from peftplan.job.loss_sizes import RECEIVED
 from peftplan.job.trainer import LOSS, Defaults, Trainer
@@ -47,6 +47,28 @@ AUTOMODEL_KD = AUTOMODEL_RECIPE._replace(
     defaults=AUTOMODEL_RECIPE.defaults._replace(loss=RECEIVED),
     losses=(RECEIVED,),
     holds_outputs=True,
+)
+# recipes/retrieval/train_bi_encoder.py: models are transformers', or a subclass that lets each token see all others.
+AUTOMODEL_BI_ENCODER = AUTOMODEL_RECIPE._replace(
+    name="automodel-bi-encoder",
+    called="NeMo Automodel's bi-encoder recipe",
+    defaults=AUTOMODEL_RECIPE.defaults._replace(n_passages=5),  # components/datasets/llm/retrieval_dataset.py:978
+    losses=("full",),
+    loss_apart=False,
+    own_decoders=False,
+    passages="apart",
+    layout=OF_ENCODERS,
+    task="FEATURE_EXTRACTION",
+    under_fsdp2=("none",),
+    options=frozenset({"n_passages"}),
+)
+# recipes/retrieval/train_cross_encoder.py.
+AUTOMODEL_CROSS_ENCODER = AUTOMODEL_BI_ENCODER._replace(
+    name="automodel-cross-encoder",
+    called="NeMo Automodel's cross-encoder recipe",
+    passages="with query",
+    task="SEQ_CLS",
+    num_labels=1,
 )
 # torchtune at bd2a0fc7. Recipes on one device (`lora_finetune_single_device`, `full_finetune_single_device`).
 TORCHTUNE_RECIPE = Trainer(

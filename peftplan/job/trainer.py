@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 from peftplan.distributed.layout import ACCELERATE, Layout
-from peftplan.job.trainer_words import Autocast, DeviceMap, Loss, Reference, Scoring, TrainerName, WordScores
+from peftplan.job.trainer_words import Autocast, DeviceMap, Loss, Passages, Reference, Scoring, TrainerName, WordScores
 
 TABLES = ("embed_tokens", "lm_head", "embed_in", "embed_out", "word_embeddings")
 """Parts of names of embeddings and heads that axolotl casts (loaders/utils.py:306, `get_linear_embedding_layers`)."""
@@ -24,6 +24,7 @@ class Defaults(NamedTuple):
     kbit_prepare: bool = True
     device_map: DeviceMap = "none"
     """Of a model that the trainer or its program loads by name, on one GPU."""
+    n_passages: int | None = None
 
 
 class Forward(NamedTuple):
@@ -130,6 +131,9 @@ class Trainer(NamedTuple):
     """Whether its loss is made of embeddings of pairs of texts, each column of which is a forward of the bare model."""
     embeds_rows: bool = False
     """Whether it is made of embeddings of texts that share one row."""
+    passages: Passages | None = None
+    """How it reads the passages of a query: in a forward of their own behind that of the queries, or each in a row with its
+    query; None: its data have none."""
     scores_words: WordScores | None = None
     """Of which texts it scores two words at the end, in place of all logits: each a row, or all those of one row."""
     skips_autocast: bool = False

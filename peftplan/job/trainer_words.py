@@ -75,7 +75,10 @@ TrainerName = Literal[
     "automodel-vlm",
     "automodel-kd",
     "automodel-kd-beside",
+    "automodel-bi-encoder",
+    "automodel-cross-encoder",
 ]
+Passages = Literal["apart", "with query"]
 WordScores = Literal["rows", "texts of a row"]
 Reference = Literal["none", "adapter_off", "copy"]
 """Where the reference model comes from: there is none, the policy without its adapter, or a second model."""

@@ -6,6 +6,8 @@ from peftplan.distributed.layout import LLAMA_FACTORY_V1, TORCHTUNE
 from peftplan.job.axolotl_trainers import BEFORE_0_21, OF_AXOLOTL, PINS_OF_0_19
 from peftplan.job.swift_trainers import OF_SWIFT
 from peftplan.job.tool_trainers import (
+    AUTOMODEL_BI_ENCODER,
+    AUTOMODEL_CROSS_ENCODER,
     AUTOMODEL_KD,
     AUTOMODEL_RECIPE,
     IN_LLAMA_FACTORY,
@@ -125,6 +127,8 @@ TRAINERS: dict[TrainerName, Trainer] = {
             under_fsdp2=("copy",),
             options=frozenset({"teacher_model"}),
         ),
+        AUTOMODEL_BI_ENCODER,
+        AUTOMODEL_CROSS_ENCODER,
         AUTOMODEL_RECIPE,
         AUTOMODEL_RECIPE._replace(
             name="automodel-hf", called=f"{AUTOMODEL_RECIPE.called} with transformers' models", own_decoders=False

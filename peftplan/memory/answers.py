@@ -14,18 +14,22 @@ from peftplan.tape import ops
 from peftplan.tape.tensors import Tensor
 
 
-class OfAnswer(dict[str, str]):
-    """Every named size → the same of the row whose answer is given."""
+class Renamed(dict[str, str]):
+    """Every named size → the same of other rows, whose names begin so."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__(b=f"{beginning}b")
+        self.beginning = beginning
 
     def get(self, name: str, default: object = None) -> str:
-        """The size of the row."""
-        return name if type(name) is not str or name.startswith(OF_ANSWER) else OF_ANSWER + name
+        """The size of the other rows."""
+        return name if type(name) is not str or name.startswith(self.beginning) else self.beginning + name
 
 
 def with_answers(model: Model, loss: Tensor) -> Tensor:
     """The loss of completions beside that of a row whose answer is given. The row's logits live until both are added up."""
     f, running = model.tape, model.running
-    f.read_another(OfAnswer(b=f"{OF_ANSWER}b"))
+    f.read_another(Renamed(OF_ANSWER))
     _batch = [f.new(("b", "s"), "int64", name) for name in ("input_ids", "attention_mask", "labels")]
     model.running, model.pass_name = running._replace(logits_to_keep=None, batch_size=1), "/answer"
     _, logits = outputs_of(model)[:2]

@@ -47,6 +47,10 @@ def _loss_of_batch(model: Model, program: Program, reference: Model | None, outp
         return loss_of_blocks(model, block=by.block, rollouts=rollouts, accumulates=accumulates, scores_all=by.scores_documents)
     if program.trainer.embeds:
         return _loss_of_embeddings(model, program)
+    if program.trainer.passages is not None:
+        from peftplan.memory.retrieval import loss_of_passages
+
+        return loss_of_passages(model)
     if program.trainer.values:
         from peftplan.memory.value_model import loss_of_policy_and_values
 

@@ -122,6 +122,8 @@ def head_of(model: Model) -> Head:
 def _head_of(model: Model) -> Head:
     task, model_type = model.arch.task_type, model.arch.model_type
     loss = model.running.loss
+    if model.running.passages:
+        return _imported(("retrieval", "scored" if task == "SEQ_CLS" else "embedded"))
     if task == "FEATURE_EXTRACTION":
         return _imported(("embedded_pairs", "pooled"))
     if model.running.embeds_rows:

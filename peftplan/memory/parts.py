@@ -94,6 +94,8 @@ class Running(NamedTuple):
     """Whether a frozen tower is shown a small picture before the layers run (`Trainer.shows_picture`)."""
     embeds_rows: bool = False
     """Whether embeddings of texts that share one row are made of the hidden states, in place of logits."""
+    passages: int = 0
+    """Passages of each query that a recipe for retrieval reads; 0: none."""
     reads_answer: bool = False
     """Whether a row whose answer is given is read beside completions, as CHORD does."""
     scores_words: WordScores | None = None

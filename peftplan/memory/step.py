@@ -162,6 +162,10 @@ def _fetch(model: Model, program: Program) -> None:
 def _batch(model: Model, program: Program) -> dict[str, Tensor]:
     """What the collator and the trainer put into a batch."""
     f, batch = model.tape, batch_of(model)
+    if program.trainer.passages == "apart":
+        from peftplan.memory.retrieval import batch_of_texts
+
+        return batch_of_texts(f)
     if program.trainer.embeds:
         del batch["labels"]
         names = ("input_ids", "attention_mask", *(("token_type_ids",) if model.arch.model_type == "bert" else ()))

@@ -165,10 +165,10 @@ class Autograd(Allocations):
             self._frame.chosen.append(tuple(x.detach() for x in results))
         return results
 
-    def read_another(self, sizes: Mapping[str, str]) -> None:
-        """From here on the model reads one row, of these sizes, until backward has reached the rows before."""
+    def read_another(self, sizes: Mapping[str, str], *, several: bool = False) -> None:
+        """From here on the model reads one row, or `several`, of these sizes, until backward has reached the rows before."""
         self._before_others = (self._sequence, self.several)
-        self.sizes_read, self.several = sizes, False
+        self.sizes_read, self.several = sizes, several
 
     def backward(self, root: Tensor) -> None:
         """Run backward from `root`, the latest node first. Each node releases its saved tensors when it is done.

@@ -24,6 +24,7 @@ WHOLE = frozenset(
         "batch_size", "seq_len", "gradient_accumulation_steps", "r", "num_labels", "num_virtual_tokens", "save_total_limit",
         "init_r", "target_r", "oft_block_size", "boft_block_size", "n_frequency", "every_n_layers", "logits_to_keep",
         "max_completion_length", "max_prompt_length", "num_generations", "steps_per_generation",
+        "n_passages",
         "move_model_batches", "eval_batch_size",
         "n_layers",
     }
