@@ -47,7 +47,8 @@ def test_passages_are_five_unless_said() -> None:
 def test_more_passages_need_more(trainer: str) -> None:
     job = job_of(ROWS[0]) | {"trainer": trainer}
     few, many = (peftplan.estimate(**job | {"n_passages": n}).peaks for n in (2, 3))
-    assert few is not None and many is not None
+    assert few is not None
+    assert many is not None
     assert few.by_phase["forward"] < many.by_phase["forward"]
     assert few.by_phase["load"] == many.by_phase["load"]
 
@@ -106,7 +107,10 @@ def config_of(kind: str, **model: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("kind", "trainer"), [("BiEncoder", "automodel-bi-encoder"), ("CrossEncoder", "automodel-cross-encoder")])
+KINDS = [("BiEncoder", "automodel-bi-encoder"), ("CrossEncoder", "automodel-cross-encoder")]
+
+
+@pytest.mark.parametrize(("kind", "trainer"), KINDS)
 def test_files_of_the_recipes_are_read(kind: str, trainer: str) -> None:
     plan = read_values(config_of(kind), file="a.yaml", tool="nemo-automodel")
     assert plan.unsupported == {}
@@ -116,7 +120,7 @@ def test_files_of_the_recipes_are_read(kind: str, trainer: str) -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [{"pooling": "last"}, {"do_distributed_inbatch_negative": True}, {"l2_normalize": False}, {"extract_submodel": "language_model"}],
+    [{"pooling": "last"}, {"do_distributed_inbatch_negative": True}, {"l2_normalize": False}, {"extract_submodel": "text"}],
     ids=str,
 )
 def test_what_a_file_says_beyond_that_is_unsupported(model: dict[str, Any]) -> None:
