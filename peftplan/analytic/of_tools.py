@@ -25,9 +25,13 @@ class Rehearsed(NamedTuple):
     """Whether a batch is one row."""
     from_host: bool = False
     """Whether weights that wait on the host, as states do, are sent in groups (`move_model_batches`)."""
+    in_groups: bool = False
+    """Whether weights are sent in groups, of a policy that is compared with the model without its adapter."""
     by_file: bool = False
-    """Whether it was rehearsed only as its tool's files are read: with the optimizer's states alone on the host, and under a
-    release of transformers whose checkpoints cover the hooks around a layer (`job.configs.with_file.of_releases`)."""
+    """Whether it was rehearsed only as its tool's files are read: with weights on the card, and under a release of transformers
+    whose checkpoints cover the hooks around a layer (`job.configs.with_file.of_releases`)."""
+    states_on: str = "none"
+    """Where the optimizer's states are then; none: on the card."""
 
 
 REHEARSED = {
@@ -37,13 +41,19 @@ REHEARSED = {
     "swift-embedding-shared-rows": Rehearsed("full", "ddp", ("qwen3",), one_row=True),
     "swift-generative-reranker-shared-rows": Rehearsed("full", "ddp", ("qwen3",), one_row=True),
     "swift-grpo-shared-rows": Rehearsed("full", "zero3", vllm=("colocate",), one_row=True),
-    "swift-grpo-unhosted": Rehearsed("lora", "zero3", attention=("sdpa",), vllm=("colocate",), one_row=True, by_file=True),
+    "swift-grpo-unhosted": Rehearsed(
+        "lora", "zero3", attention=("sdpa",), vllm=("colocate",), one_row=True, by_file=True, states_on="cpu"
+    ),
     "swift-grpo-grouped": Rehearsed(
         "full", "zero3", ("qwen3_moe",), ("sdpa",), vllm=("colocate", "server"), one_row=True, from_host=True
     ),
     "swift-grpo-taught": Rehearsed("full", "zero2", vllm=("server",)),
 }
 """Trainer → what was rehearsed of it."""
+SENT_IN_GROUPS = Rehearsed(
+    "lora", "zero3", ("qwen3_moe",), ("sdpa",), vllm=("colocate", "server"), one_row=True, in_groups=True, by_file=True
+)
+"""What was rehearsed of other trainers that send groups, or under ZeRO-3 compare with the model without its adapter."""
 WITH_ANSWERS = Rehearsed("full", "zero3", ("qwen2",), ("sdpa",), vllm=("colocate",))
 """What was rehearsed of completions beside rows whose answers are given."""
 RELOADED = "qwen2_5_vl"
@@ -54,7 +64,7 @@ TAKING_TURNS = ("plain", "transformers", "trl", "axolotl")
 
 def unlike_rehearsed(job: "Job") -> str | None:
     """What of a job its trainer was not rehearsed with; None where all of it was."""
-    shown = WITH_ANSWERS if job.setup.loss_type == CHORD else REHEARSED.get(job.setup.by.name)
+    shown = _shown_of(job)
     differs = None if shown is None else _differs(job, shown)
     if differs is not None:
         return f"a step of {job.setup.by.called} with {differs}"
@@ -71,6 +81,16 @@ def unlike_rehearsed(job: "Job") -> str | None:
     return None
 
 
+def _shown_of(job: "Job") -> Rehearsed | None:
+    """What was rehearsed of a job's trainer; None where other modules say it."""
+    setup, strategy = job.setup, None if job.distributed is None else job.distributed.strategy
+    if setup.loss_type == CHORD:
+        return WITH_ANSWERS
+    alone = setup.by.gathers_when_called and strategy == "zero3" and job.reference == "adapter_off"
+    grouped = alone or setup.move_model_batches is not None
+    return REHEARSED.get(setup.by.name, SENT_IN_GROUPS if grouped else None)
+
+
 def _differs(job: "Job", shown: Rehearsed) -> str | None:
     """The first thing of a job that is not as it was rehearsed."""
     setup, distributed, config = job.setup, job.distributed, job.config
@@ -84,8 +104,11 @@ def _differs(job: "Job", shown: Rehearsed) -> str | None:
         f"dtype {setup.dtype} and autocast {setup.autocast}": not setup.dtype == setup.autocast == "bf16",
         f"attention {setup.attn_implementation}": setup.attn_implementation not in shown.attention,
         "no checkpoints": not setup.gradient_checkpointing,
-        "other offloading or checkpoints than --config reads of its tool's files": shown.by_file and not _is_of_file(job),
+        "other offloading or checkpoints than --config reads of its tool's files": shown.by_file
+        and not _is_of_file(job, shown.states_on),
         "weights that are not sent in groups from the host": shown.from_host and not _sends_groups(job),
+        "weights that are not sent in groups": shown.in_groups and setup.move_model_batches is None,
+        "no reference model": shown.in_groups and job.reference != "adapter_off",
         f"{setup.batch_size} rows": shown.one_row and setup.batch_size > 1,
         "ring attention, as its GPUs do not divide the heads of keys": _rings(job),
         "generation by transformers" if vllm is None else f"vLLM ({vllm})": vllm not in shown.vllm,
@@ -100,10 +123,10 @@ def _rings(job: "Job") -> bool:
     return any(a.num_key_value_heads % ranks for block in job.architecture.blocks for a in block.attentions)
 
 
-def _is_of_file(job: "Job") -> bool:
+def _is_of_file(job: "Job", states_on: str) -> bool:
     distributed = job.distributed
-    states_alone = distributed is not None and distributed.offload_optimizer == "cpu" and distributed.offload_params == "none"
-    return states_alone and bool(job.setup.use_reentrant) and not job.script.checkpoints_forward
+    placed = distributed is not None and (distributed.offload_optimizer, distributed.offload_params) == (states_on, "none")
+    return placed and bool(job.setup.use_reentrant) and not job.script.checkpoints_forward
 
 
 def _sends_groups(job: "Job") -> bool:

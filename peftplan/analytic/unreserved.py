@@ -67,13 +67,18 @@ LONGEST_UNHOSTED = 576
 
 def _trains_long_rows(job: Job) -> bool:
     """Whether ms-swift's GRPO whose weights leave the host trains on longer rows than were rehearsed."""
-    hosts = "move_model_batches" in job.setup.by.options and job.method_name == "lora"
-    return hosts and job.setup.seq_len > LONGEST_UNHOSTED
+    return job.setup.by.sends_from_host and job.method_name == "lora" and job.setup.seq_len > LONGEST_UNHOSTED
 
 
 def _sends_from_host(job: Job) -> bool:
     """Whether ms-swift's GRPO sends groups of weights that wait on the host."""
-    return "move_model_batches" in job.setup.by.options and job.method_name == "full"
+    return job.setup.by.sends_from_host and job.method_name == "full"
+
+
+def _sends_groups(job: Job) -> bool:
+    """Whether it sends groups of weights, which are on the cards, to a server."""
+    setup = job.setup
+    return setup.move_model_batches is not None and setup.vllm_mode == "server" and not setup.by.sends_from_host
 
 
 FEWEST_RESTORING = 16
@@ -139,6 +144,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "weights that reach vLLM in groups from the host: rehearsals of two layers reserved 2 % more and 3 % less than "
         "the replay",
     ),
+    (_sends_groups, "groups of weights for a server of vLLM: a rehearsal of four layers reserved 11 % more than the replay"),
     (_learns_what_it_wrote, "completions written beside the optimizer's states: a rehearsal reserved 5 % less than the replay"),
     (_scores_completions, "completions of trl's older online trainers: rehearsals reserved up to ten times what the replay does"),
     (_shares_completions, "ranks share rows of completions: a rehearsal of ms-swift reserved 13 % less than the replay"),

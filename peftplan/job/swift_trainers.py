@@ -60,10 +60,10 @@ SWIFT_GRPO = IN_SWIFT._replace(
     num_generations=8,
     under_ddp=("none", "adapter_off", "copy"),
     under_zero2=("adapter_off", "copy"),
-    under_zero3=("none", "copy"),
+    under_zero3=("none", "adapter_off", "copy"),
     sends_at_once=True,
     gathers_when_called=True,
-    options=GENERATING.options | {"loss_type"},
+    options=GENERATING.options | {"loss_type", "move_model_batches"},
     loss_types=("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"),
 )
 SWIFT_GKD = IN_SWIFT._replace(
@@ -168,18 +168,18 @@ OF_SWIFT = (
     SWIFT_GRPO._replace(
         name="swift-grpo-unhosted",
         called=f"{SWIFT_GRPO.called} whose weights leave the host",
+        sends_from_host=True,
         under_ddp=(),
         under_zero2=(),
         under_zero3=("adapter_off",),
-        options=SWIFT_GRPO.options | {"move_model_batches"},
     ),
     SWIFT_GRPO._replace(
         name="swift-grpo-grouped",
         called=f"{SWIFT_GRPO.called} that sends groups of layers",
+        sends_from_host=True,
         under_ddp=(),
         under_zero2=(),
         under_zero3=("copy",),
-        options=SWIFT_GRPO.options | {"move_model_batches"},
     ),
     # `sequence_parallel_size`, with weights that wait on the host (rlhf_trainers/grpo_trainer.py:1468).
     SWIFT_GRPO._replace(

@@ -160,6 +160,8 @@ class Trainer(NamedTuple):
     gathers_when_called: bool = False
     """Whether under ZeRO-3 nothing is gathered ahead, whose bucket it sets to 0 (ms-swift, rlhf_trainers/arguments.py:117), nor
     kept for a later use, as three rehearsed jobs showed."""
+    sends_from_host: bool = False
+    """Whether weights that wait on the host, or waited there, reach vLLM in groups of layers."""
     reloads_weights: bool = False
     """Whether, beside vLLM, weights wait on the host while it generates. Under ZeRO-3 those that train come back as tensors of
     their own, beside the flat ones that the step writes them from (ms-swift 4.6.0, rlhf_trainers/rollout_mixin.py:1430, :1461;
