@@ -11,7 +11,7 @@ from peftplan.job.beside_towers import is_mixture, knows_tower
 from peftplan.job.exchanges import EXCHANGES, IN_TURN, MOST_GATHERING, ONE_BY_ONE, WORST, Exchanged, Rows, alike, pads
 from peftplan.job.further_tokens import OF_QWEN, attends_then_mixes
 from peftplan.job.kernels import BY_OPERATION, SCANNING, kernels_of
-from peftplan.job.loss_sizes import CUT_APART, RECEIVED
+from peftplan.job.loss_sizes import CUT_APART, NO_UPCAST, RECEIVED
 from peftplan.optim import OF_AUTOMODEL, parse_optim
 
 if TYPE_CHECKING:
@@ -268,7 +268,8 @@ def _knows_further_tokens(job: Job) -> bool:
     alone = job.distributed is None and job.method_name == "lora" and bool(setup.gradient_checkpointing)
     enough = job.method_name != "full" or setup.rows * setup.seq_len >= FEWEST_TOKENS
     beside = alone or (knows_experts(job) and not packs_documents(job) and enough)
-    return beside and setup.mtp_depths <= MOST_DEPTHS and setup.loss == "full" and attends_then_mixes(job.architecture)
+    known = setup.loss in ("full", NO_UPCAST) and attends_then_mixes(job.architecture)
+    return beside and known and setup.mtp_depths <= MOST_DEPTHS
 
 
 def _knows_layers(job: Job) -> bool:

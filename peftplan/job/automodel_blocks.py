@@ -14,19 +14,15 @@ from peftplan.arch.readers import read_config
 from peftplan.job.built import blocks_of_ernie, of_type
 
 
-def as_automodel_builds(architecture: Architecture, config: Mapping[str, object], *, balanced: bool = False) -> Architecture:
+def as_automodel_builds(architecture: Architecture, config: Mapping[str, object]) -> Architecture:
     """The architecture whose routers have the model's dtype, and whose class leaves logits in it (nemo_automodel 0.7.0,
-    components/models/*/model.py, `_keep_in_fp32_modules_strict`). `balanced`: without routers (components/moe/layers.py:760)."""
+    components/models/*/model.py, `_keep_in_fp32_modules_strict`)."""
     if (model_type := SUBCLASSED.get(architecture.model_type)) is not None:
         read = read_config(of_type(config, model_type), name=architecture.name)
         architecture = replace(architecture, model_type=model_type, blocks=read.blocks)
     if architecture.model_type in BLOCKS_BY_AUTOMODEL and not architecture.blocks:
         blocks = BLOCKS_BY_AUTOMODEL[architecture.model_type](config, architecture.name)
         architecture = replace(architecture, blocks=blocks, logits_ops=())
-    if balanced:
-        modules = tuple(module for module in architecture.modules if module.kind != "Router")
-        buffers = tuple(buffer for buffer in architecture.buffers if not buffer.name.endswith("e_score_correction_bias"))
-        architecture = replace(architecture, modules=modules, buffers=buffers)
     if architecture.model_type == "gemma4":  # factors multiply the experts (models/gemma4_moe/state_dict_adapter.py)
         modules = tuple(
             module._replace(params=tuple(p for p in module.params if p[0] != "per_expert_scale"))
@@ -41,6 +37,13 @@ def as_automodel_builds(architecture: Architecture, config: Mapping[str, object]
         return architecture
     of_mamba = ("A_log", "dt_bias", r"\.D$") if architecture.model_type == "nemotron_h" else ()
     return replace(architecture, keep_in_fp32_strict=("e_score_correction_bias", *of_mamba), logits_ops=())
+
+
+def without_routers(architecture: Architecture) -> Architecture:
+    """The architecture whose tokens take experts in turn (components/moe/layers.py:760)."""
+    modules = tuple(module for module in architecture.modules if module.kind != "Router")
+    buffers = tuple(buffer for buffer in architecture.buffers if not buffer.name.endswith("e_score_correction_bias"))
+    return replace(architecture, modules=modules, buffers=buffers)
 
 
 def _blocks_of_minimax(config: Mapping[str, object], name: str) -> tuple[Block, ...]:

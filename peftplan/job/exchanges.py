@@ -150,6 +150,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
     "nemotron_h": (
         Exchanged(("te-norm.rms_norm", *OF_NEMOTRON, IN_TURN, "te-linear.dense"), ADAMW, True, True),
+        Exchanged(("te-norm.rms_norm", "mamba-ssm.scan", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, False),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ADAMW, False, True, syncs=True),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora", shared=True),

@@ -77,7 +77,7 @@ def attends_then_mixes(architecture: Architecture) -> bool:
     """Whether a depth is a layer of attention and one of experts, as in all that were published."""
     names = {module.name for module in architecture.modules if module.name.startswith(STACK)}
     layers = {name.removeprefix(STACK).split(".")[0] for name in names}
-    return layers == {"0", "1"} and {f"{STACK}0.mixer.q_proj", f"{STACK}1.mixer.gate"} <= names
+    return layers == {"0", "1"} and {f"{STACK}0.mixer.q_proj", f"{STACK}1.mixer.experts"} <= names
 
 
 def _sublayers(head: Architecture, count: int, each: int) -> Iterator[Module]:

@@ -299,7 +299,7 @@ OF_PACKAGE = {
     "te-linear": (*DIVIDED, "glm4_moe", "qwen3_vl_moe"),
     "hybridep": (
         *("gpt_oss", "glm4_moe", "qwen3_moe", "deepseek_v3", "minimax_m2", "glm_moe_dsa", "qwen3_next", "qwen3_vl_moe"),
-        "qwen3_5_moe",
+        *("qwen3_5_moe", "nemotron_h"),
     ),
     "torch-norm": ("llama", "qwen2", *WITH_FAKE_GATE),
     **dict.fromkeys(("torch-lora", "torch-compile", "quack"), ("llama", "qwen2")),

@@ -143,16 +143,17 @@ def prepared(request: Request) -> Job:
 
         architecture = as_torchtune_builds(architecture, model_config, adapted=bool(kind and kind.peft_type))
     if setup.by.own_decoders:
-        from peftplan.job.automodel_blocks import as_automodel_builds
+        from peftplan.job.automodel_blocks import as_automodel_builds, without_routers
         from peftplan.job.further_tokens import NONE_BUILT, depths_of, with_further_tokens
 
-        balanced = kernels_of(setup.kernels or ()).gate is not None
-        architecture = as_automodel_builds(architecture, model_config, balanced=balanced)
+        architecture = as_automodel_builds(architecture, model_config)
         depths = depths_of(setup, model_config, quantized=quant_of(setup, kind) is not None)
         if depths:
             architecture = with_further_tokens(architecture, model_config, shared=setup.mtp_depths is not None)
         elif setup.mtp_depths:
             architecture = replace(architecture, notes=(*architecture.notes, NONE_BUILT))
+        if kernels_of(setup.kernels or ()).gate is not None:
+            architecture = without_routers(architecture)
         setup = setup.model_copy(update={"mtp_depths": depths or None})
     if request.script.transformers is not None:
         from peftplan.job.built import as_of_release

@@ -1,7 +1,8 @@
 """Further tokens of Nemotron 3 and Qwen 3.5 (multi-token prediction): hidden states of each depth, and a loss of each.
 
 A depth joins the hidden states of the one before with embeddings of tokens that are one place further on, and runs the same
-layers, which are no checkpoints. The loop projects its result to logits of its own, and drops them once it has their loss.
+layers, which are checkpoints only where ranks divide experts. The loop projects its result to logits of its own, and drops them
+once it has their loss.
 Source: nemo_automodel 0.7.0, components/models/common/mtp/mtp.py (`MTPModule.forward`), components/models/nemotron_v3/mtp.py
 (`NemotronV3MTPSublayer.forward`), qwen3_5/model.py (`Qwen3_5DenseMTPSublayer.forward`), components/loss/mtp.py
 (`calculate_mtp_loss`). Left out: numbers of tokens.
@@ -9,8 +10,10 @@ Source: nemo_automodel 0.7.0, components/models/common/mtp/mtp.py (`MTPModule.fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from peftplan.job.further_tokens import OF_QWEN, STACK
-from peftplan.job.loss_sizes import CUT_APART
+from peftplan.job.loss_sizes import CUT_APART, NO_UPCAST
 from peftplan.memory.cut_apart import hidden_and_last
 from peftplan.memory.heads import logits_of
 from peftplan.memory.loss import cross_entropy
@@ -47,16 +50,38 @@ def _depth(model: Model, x: Tensor) -> Tensor:
     blocks = (next(block for block in model.arch.blocks if block.attentions), sparse)
     calls = [Call(model, STYLE._replace(stack=f"{STACK}{n}"), block, n, (), None) for n, block in enumerate(blocks)]
     first, last = calls
-    x, embedded = model.units.enter_with_all(further(first.style.stack), x, embedded)
-    e, h = first.norm("enorm", embedded), first.norm("hnorm", x)
-    both = cat(first.at(), (e, h), (*h.dims[:-1], 2 * int(h.dims[-1])))
+    recomputes = model.running.checkpointing and model.running.kernels.exchange is not None
+    states = [*model.units.enter_with_all(further(first.style.stack), x, embedded)]
+    del x, embedded
+    x = model.units.leave(further(first.style.stack), _run(_joined, first, states, recomputes=recomputes))
+    states = [model.units.enter_with(further(last.style.stack), x)]
+    del x
+    return model.units.leave(further(last.style.stack), _run(_mixed, last, states, recomputes=recomputes))
+
+
+def _run(part: Callable[[Call, list[Tensor]], Tensor], c: Call, states: list[Tensor], *, recomputes: bool) -> Tensor:
+    """A layer, which takes what it reads out of the list; a checkpoint keeps that."""
+    if not recomputes:
+        return part(c, states)
+    out = c.model.checkpoint(lambda *xs: part(c, [*xs]), *states)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _joined(c: Call, states: list[Tensor]) -> Tensor:
+    embedded, x = states.pop(), states.pop()
+    e, h = c.norm("enorm", embedded), c.norm("hnorm", x)
+    both = cat(c.at(), (e, h), (*h.dims[:-1], 2 * int(h.dims[-1])))
     del embedded, e, h
-    x = first.linear("eh_proj", both)
+    x = c.linear("eh_proj", both)
     del both
-    x = ops.add(first.at(), x, attention(first, first.norm("norm", x)))
-    x = model.units.enter_with(further(last.style.stack), model.units.leave(further(first.style.stack), x))
-    x = ops.add(last.at(), x, mixture(last, last.norm("norm", x)))
-    return model.units.leave(further(last.style.stack), last.norm("final_layernorm", x))
+    return ops.add(c.at(), x, attention(c, c.norm("norm", x)))
+
+
+def _mixed(c: Call, states: list[Tensor]) -> Tensor:
+    x = states.pop()
+    x = ops.add(c.at(), x, mixture(c, c.norm("norm", x)))
+    return c.norm("final_layernorm", x)
 
 
 def _embedded(model: Model) -> Tensor:
@@ -95,6 +120,18 @@ def with_losses(model: Model, loss: Tensor, depths: list[Tensor]) -> Tensor:
     f = model.tape
     total: Tensor | None = None
     for x in depths:
-        of_depth = cross_entropy(f, logits_of(model, x))
+        of_depth = cross_entropy(f, _scored(model, x), dtype=x.dtype if model.running.loss == NO_UPCAST else "fp32")
         total = of_depth if total is None else ops.add(f, total, of_depth)
     return loss if total is None else ops.add(f, loss, ops.scale(f, total))
+
+
+def _scored(model: Model, x: Tensor) -> Tensor:
+    """Logits of a depth, by a call of the head that is a forward of its own (`iter_forward_root`). Where the head trains in
+    Transformer Engine's function, the gradient of its other call is added in place."""
+    f, name = model.tape, model.arch.output_embedding
+    assert name is not None
+    f.linear_in_python = model.running.kernels.dense is not None and model.part(name).own_weight.node is not None
+    logits = logits_of(model, x)
+    f.linear_in_python = False
+    model.units.end_forward()
+    return logits

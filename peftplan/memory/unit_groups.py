@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import peftplan.versions as versions
 from peftplan.arch.modules import Architecture
-from peftplan.distributed.expert_parallel import is_divided
+from peftplan.distributed.expert_parallel import is_divided, owners
 from peftplan.distributed.flat_parameters import is_in_mlp, wraps_mlps
 from peftplan.distributed.layout import ACCELERATE, Layout
 from peftplan.distributed.order import in_module_order
@@ -19,7 +19,7 @@ from peftplan.distributed.towers import is_whole
 from peftplan.distributed.wrapped import units_of_tower
 from peftplan.job.further_tokens import STACK
 from peftplan.memory.leaf_units import leaves_of
-from peftplan.memory.units import EMBEDDING, ROOT, TAIL, experts, further, in_fp32, layer
+from peftplan.memory.units import BACKBONE, EMBEDDING, ROOT, TAIL, experts, further, in_fp32, layer
 from peftplan.methods.bottleneck import is_bottleneck
 from peftplan.parameters import Parameter, Parameters
 
@@ -58,7 +58,9 @@ def grouped(
     torchtune leaves embedding and tail to the root unless `custom_sharded_layers` names them (`shard_model`). FSDP1 may wrap MLPs
     alone (`wraps_mlps`): then layers have no units. `calls_adapters`: modules of an adapter, which are units of FSDP1, run one by
     one; a kernel that takes their weights finds them gathered with their layer. `loads`: with what every rank holds whole, which
-    is loaded as if it were of the root. `towers_apart`: layers of a tower are not counted among those of the text.
+    is loaded as if it were of the root. `towers_apart`: layers of a tower are not counted among those of the text. Where ranks
+    divide experts, and free layers after forward, the norm behind these is of the model within the class with the head
+    (nemo_automodel 0.7.0, components/moe/parallelizer.py, `apply_fsdp`); elsewhere its place changes nothing.
     """
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     is_tied, norm = tied(arch), final_norm(arch, full) if layout.ends == "units" else None
@@ -72,7 +74,9 @@ def grouped(
     leaves = inner or (layout.leaves_apart and distributed.strategy == "fsdp2" and adapted)
     in_root: list[tuple[int, tuple[Parameter, Parameter]]] = []
     before = 0
-    groups: dict[str, Pairs] = {ROOT: [], **({EMBEDDING: []} if EMBEDDING in ends and not is_tied else {})}
+    frees = owners(distributed) > 1 and distributed.reshard_after_forward and distributed.pp_size in (None, 1)
+    rest = BACKBONE if frees else ROOT
+    groups: dict[str, Pairs] = {ROOT: [], rest: [], **({EMBEDDING: []} if EMBEDDING in ends and not is_tied else {})}
     named = {BY_TORCHTUNE[name] for name in distributed.custom_sharded_layers or ()}
     groups |= {EMBEDDING: []} if EMBEDDING in named else {}
     in_mlps = {id(p) for p in full.all if is_divided(p, distributed) or (inner and is_in_mlp(p))}
@@ -115,7 +119,7 @@ def grouped(
             for name in towers[id(p)]:
                 groups[name].append(pairs[id(p)])
             continue
-        for name in _units(p, arch, None if named else norm, is_tied=is_tied) if ends or named or p.layers else (ROOT,):
+        for name in _units(p, arch, None if named else norm, rest, is_tied=is_tied) if ends or named or p.layers else (ROOT,):
             groups[name if name in groups else ROOT].append(pairs[id(p)])
     groups[ROOT][before:before] = [pair for _, pair in sorted(in_root, key=lambda row: row[0])]
     if TAIL in groups:  # accelerate names the norm first, also where the table is the embedding's (utils/fsdp_utils.py:874)
@@ -139,7 +143,7 @@ def has_layers_alone(layout: Layout, distributed: Distributed) -> bool:
     return layout is ACCELERATE and distributed.strategy == "fsdp2" and versions.FSDP2_TAIL_APART.after(distributed.accelerate)
 
 
-def _units(p: Parameter, arch: Architecture, norm: str | None, *, is_tied: bool) -> Iterator[str]:
+def _units(p: Parameter, arch: Architecture, norm: str | None, rest: str, *, is_tied: bool) -> Iterator[str]:
     if of_layers := numbers(p, arch):
         yield from map(layer, of_layers)
     elif arch.input_embedding and p.name.startswith(f"{arch.input_embedding}."):
@@ -147,7 +151,7 @@ def _units(p: Parameter, arch: Architecture, norm: str | None, *, is_tied: bool)
     elif p.name.startswith(f"{arch.output_embedding}.") or p.name.rpartition(".")[0] == norm:
         yield TAIL
     else:
-        yield ROOT
+        yield rest
 
 
 OF_FIRST_LAYER = re.compile(r"(?:.*\.)?(?:encoder|decoder)\.block\.0\.")

@@ -1,4 +1,4 @@
-"""Experts of gpt-oss, Qwen 3 and GLM-4.5 as NeMo Automodel divides them with HybridEP's exchange, beside Transformer Engine's
+"""Experts of mixtures as NeMo Automodel divides them with HybridEP's exchange, beside Transformer Engine's
 attention.
 
 Source: nemo_automodel 0.7.0, components/moe/experts.py (`GroupedExpertsDeepEP`, `GroupedExpertsTE`), megatron/token_dispatcher.py
@@ -8,24 +8,37 @@ Source: nemo_automodel 0.7.0, components/moe/experts.py (`GroupedExpertsDeepEP`,
 
 from __future__ import annotations
 
+from peftplan.job.further_tokens import STACK
 from peftplan.memory.experts import to_local
 from peftplan.memory.fused_attention import number
 from peftplan.memory.models.automodel_adapted import adapted, adapters
 from peftplan.memory.models.automodel_chunks import in_chunks
 from peftplan.memory.models.automodel_ep import activated, combined, dispatched, exchange, gated, on_all, weighted
-from peftplan.memory.models.automodel_moe import product_of, projected
+from peftplan.memory.models.automodel_moe import Activated, product_of, projected
 from peftplan.memory.models.style import Call
 from peftplan.memory.units import experts as experts_of
+from peftplan.memory.units import further
 from peftplan.tape.tensors import Node, Tensor
 
 
-def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor, *, after: bool = False) -> Tensor:
+def experts(
+    c: Call,
+    x: Tensor,
+    weights: Tensor,
+    indices: Tensor,
+    name: str = "mlp",
+    *,
+    after: bool = False,
+    between: Activated = gated,
+) -> Tensor:
     """`forward` of the experts: rows of other ranks in the order of this rank's experts, and back. `after`: weights multiply what
-    the experts give."""
-    f, units, unit = c.at("mlp.experts"), c.model.units, experts_of(c.number)
+    the experts give; `between`: what is between their products."""
+    f, units, stack = c.at(f"{name}.experts"), c.model.units, c.style.stack
+    unit = further(stack, divided=True) if stack.startswith(STACK) else experts_of(c.number)
     dims, (x, weights) = x.dims, units.enter_with_all(unit, x, weights)
-    params = c.model.part(f"{c.style.stack}.mlp.experts", c.number).params
-    rows, owned, all_experts = indices.dims, number(params["gate_up_proj"].dims[0]), c.block.mlp.num_experts
+    params = c.model.part(f"{stack}.{name}.experts", c.number).params
+    up_name = "gate_up_proj" if "gate_up_proj" in params else "up_proj"
+    rows, owned, all_experts = indices.dims, number(params[up_name].dims[0]), c.block.mlp.num_experts
     masked = f.new(rows, "int64", "masked_fill")
     of_all = on_all(f, f.to(weights, "fp32"), all_experts)
     layout = exchange(f, x, owned, ranks=all_experts // owned)
@@ -41,16 +54,16 @@ def experts(c: Call, x: Tensor, weights: Tensor, indices: Tensor, *, after: bool
         few, kernel = c.model.running.rows_of_experts == "few", c.model.running.kernels.experts
         second, _ = projected(f, params, chosen, probabilities, offsets, few=few, kernel=kernel)
     else:
-        up, down = (to_local(f, params[name]) for name in ("gate_up_proj", "down_proj"))
+        up, down = (to_local(f, params[part]) for part in (up_name, "down_proj"))
         offsets = f.new((owned,), "int32", "to")
         product = product_of(f, c.model.running.kernels.experts, offsets)
-        factors = adapters(c, f"{c.style.stack}.mlp.experts", owned)
+        factors = adapters(c, f"{stack}.{name}.experts", owned)
         out = product(chosen, up, up.dims[1])
         out, *_of_up = (out,) if factors is None else adapted(f, product, chosen, out, factors[0])
         del chosen
         after = after and factors is None
         ones = f.new(probabilities.dims, "fp32", "ones_like") if after else None
-        inner = gated(f, out, probabilities) if ones is None else activated(f, out, ones)
+        inner = between(f, out, probabilities) if ones is None else activated(f, out, ones)
         second = product(inner, down, down.dims[1])
         second, *_of_down = (second,) if factors is None else adapted(f, product, inner, second, factors[1])
         del inner, out

@@ -18,6 +18,7 @@ from peftplan.memory.models.automodel import checkpointed, opaque_rms
 from peftplan.memory.models.automodel_balanced import gate_in_turn
 from peftplan.memory.models.automodel_deepep import experts as divided_experts
 from peftplan.memory.models.automodel_ep import gate
+from peftplan.memory.models.automodel_hybrid import experts as over_hybrid_ep
 from peftplan.memory.models.automodel_moe import experts
 from peftplan.memory.models.decoder import run_layers
 from peftplan.memory.models.style import Call, Style
@@ -82,8 +83,11 @@ def mixture(c: Call, x: Tensor) -> Tensor:
     else:
         weights, indices = gate_in_turn(c, x, "mixer")
     shared = squared_mlp(c, x, "mixer.shared_experts")
-    if c.model.running.kernels.exchange is None:
+    exchange = c.model.running.kernels.exchange
+    if exchange is None:
         mixed = experts(c, read, weights, indices, "mixer", between=squared)
+    elif exchange.hybrid:
+        mixed = over_hybrid_ep(c, read, weights, indices, "mixer", between=squared)
     else:
         mixed = divided_experts(c, read, weights, indices, "mixer", activated=squared)
     mixed = c.linear("mixer.fc2_latent_proj", mixed) if latent else mixed

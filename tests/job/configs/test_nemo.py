@@ -754,6 +754,7 @@ NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
             set(),
         ),
         ({"model": NANO}, "te-norm,mamba-ssm,deepep,te-linear,balanced", set()),
+        ({"model": NANO, "dispatcher": "hybridep"}, "te-norm,mamba-ssm,hybridep,te-linear,balanced", set()),
         ({"model": NANO, "rms_norm": "torch_fp32"}, None, {"model.backend.linear"}),
         (
             {"experts": "te", "te_fp8": {"recipe": "block"}, "whole": True},
