@@ -67,6 +67,10 @@ def test_torchtune_reads_a_teacher() -> None:
     adapted = {"_component_": "torchtune.models.qwen2_5.lora_qwen2_5_14b_instruct", "lora_attn_modules": ["q_proj"]}
     plan = read({**TORCHTUNE, **losses, **of_teacher, "teacher_model": adapted, "kd_loss": chunks})
     assert (plan.unsupported, [*plan.refused]) == ({}, ["teacher_model._component_"])
+    student = {**TORCHTUNE, "checkpointer": {**TORCHTUNE["checkpointer"], "checkpoint_dir": "/tmp/Qwen2.5-7B-Instruct"}}
+    student |= {"model": {**TORCHTUNE["model"], "_component_": "torchtune.models.qwen2_5.lora_qwen2_5_7b"}}  # no such builder
+    plan = read({**student, **losses, **of_teacher, "teacher_model": adapted, "kd_loss": chunks})
+    assert (plan.unsupported, {*plan.refused}) == ({}, {"model._component_", "teacher_model._component_"})
     plan = read({**TORCHTUNE, **losses, **of_teacher, "kd_loss": chunks})
     assert (plan.options["trainer"], plan.options["loss"], plan.unsupported) == ("torchtune-kd", "torchtune-kl", {})
     assert "release 0.6.1 frees" in plan.assumed["recipe"]
