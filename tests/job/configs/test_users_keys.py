@@ -37,6 +37,8 @@ def test_noise_of_0_is_noise_too(tmp_path: Path, alpha: str) -> None:
         ("Qwen/Qwen2.5-0.5B", "[PAD]", False),
         ("google/gemma-2-2b", "<pad>", False),
         ("google/gemma-2-2b", "[PAD]", True),
+        ("mistral-community/pixtral-12b", "<pad>", False),  # mistral_common, tokens/tokenizers/tekken.py
+        ("mistral-community/pixtral-12b", "[PAD]", True),
     ],
 )
 def test_a_token_that_the_vocabulary_lacks_adds_a_row(tmp_path: Path, model: str, token: str, *, grows: bool) -> None:
