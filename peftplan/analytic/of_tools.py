@@ -77,7 +77,7 @@ def unlike_rehearsed(job: "Job") -> str | None:
     if strategy == "zero3" and job.setup.by.gathers_when_called and shown is None and not _is_dense(job):
         return f"a mixture of experts under ZeRO-3 by {job.setup.by.called}"
     if job.setup.loss == MASKED and not _masks_as_rehearsed(job):
-        return "a loss of masked tokens, other than in full fine-tuning in bf16 on one GPU without checkpoints"
+        return "a loss of masked tokens, other than in full fine-tuning in bf16 on one GPU"
     return None
 
 
@@ -151,6 +151,5 @@ def _masks_as_rehearsed(job: "Job") -> bool:
     """Whether tokens are masked as was rehearsed (tests/rehearse/axolotl_diffusion.jsonl)."""
     setup = job.setup
     alone = job.distributed is None and job.method_name == "full" and job.architecture.model_type == "llama"
-    checkpoints_alike = not setup.gradient_checkpointing or setup.use_reentrant
-    plain = setup.attn_implementation == "sdpa" and checkpoints_alike and not setup.padding
+    plain = setup.attn_implementation == "sdpa" and not setup.padding
     return alone and plain and setup.dtype == setup.autocast == "bf16"

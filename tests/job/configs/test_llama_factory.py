@@ -92,6 +92,14 @@ def test_what_the_tool_raises_for_is_said_with_its_line(values: dict[str, Any], 
     assert key in plan.refused or plan.unsupported[key].effect == "unknown"
 
 
+def test_the_plugin_of_diffusion_takes_a_fraction_of_warmup_since_axolotl_0_21() -> None:
+    """integrations/diffusion/plugin.py:50 makes `warmup_ratio` of it before the config is checked, and the file runs."""
+    values = {**AXOLOTL, "warmup_steps": 0.1, "plugins": ["axolotl.integrations.diffusion.DiffusionPlugin"]}
+    assert "warmup_steps" not in read(values).refused
+    assert "warmup_steps" in read(values, tool_version="0.19.0").refused
+    assert "warmup_steps" in read({**values, "plugins": None}).refused
+
+
 def test_llama_factory_makes_its_low_rank_optimizers_of_the_plain_adamw() -> None:
     """Of layers one after the other, with random projections, the optimizer is that of transformers."""
     plan = read({**LLAMA_FACTORY_FULL, "use_apollo": True, "optim": "adamw_torch"})
