@@ -130,7 +130,7 @@ def loaded_on_rank(inventory: Inventory, model: Model, buffers: Ledger, of_one_g
         in_4_bits=built == "gpt_oss" and kernels.gate is None,
         stacks=kernels.experts is not None and kernels.gate is None,
         reads=kernels.gate is None,  # no checkpoint has a model without routers
-        workspaces=(TE_WORKSPACE,) if kernels.dense is not None else (),
+        workspaces=(TE_WORKSPACE,) * (0 if kernels.dense is None else kernels.dense.workspaces),
         merged=merges_experts(job),
         in_8_bits=in_8_bits if kernels.gate is None else (),
         states=_states_moved(job, parameters),

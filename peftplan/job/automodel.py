@@ -325,7 +325,7 @@ def without_formula(job: Job) -> str | None:
         "torchao's layers as they were not rehearsed": not _knows_layers(job),
         "LoRA operation by operation, as it was not rehearsed": BY_OPERATION in (setup.kernels or ())
         and not _knows_by_operation(job),
-        "quack's kernels as they were not rehearsed": not knows_quack(job),
+        "quack's kernels as they were not rehearsed": not (knows_quack(job) or knows_experts(job)),
         "packed documents as they were not rehearsed": packs_documents(job) and not _knows_documents(job),
         "gpt-oss as it was not rehearsed": architecture.model_type == "gpt_oss"
         and not (_knows_mixture(job) or knows_experts(job)),

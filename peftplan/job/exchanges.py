@@ -129,6 +129,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(OF_DOCUMENTS, ("flash_adamw",), True, False),
         Exchanged((*OF_DOCUMENTS, "te-experts.experts"), ONE_BY_ONE, True, False),
         Exchanged(OF_HYBRID, ONE_BY_ONE, True, False),
+        Exchanged((*OF_HYBRID[:-1], "te-mxfp8.experts"), ONE_BY_ONE, True, False),
     ),
     "qwen3_next": (Exchanged(("hybridep.exchange",), ADAMW, True, True),),
     "deepseek_v3": (
@@ -137,6 +138,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, False, True, shared=True, stages=True),
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, shared=True, stages=True),
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True),
+        Exchanged((*OF_HYBRID_IN_TURN, "te-mxfp8.experts"), ONE_BY_ONE, True, False),
         Exchanged(OF_DEEP_IN_TURN, ONE_BY_ONE, False, True),
         Exchanged((*OF_DEEP_IN_TURN, "te-experts.experts"), ONE_BY_ONE, False, True),
         Exchanged((*OF_DEEP_IN_TURN, "te-fp8.experts"), ONE_BY_ONE, False, True),

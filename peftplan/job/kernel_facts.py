@@ -15,6 +15,12 @@ class Norm(NamedTuple):
     reuses_gradient: bool = True
     partial_rows: int = 1
     in_python: bool = True
+    of_narrow: tuple[tuple[int, int], ...] = ()
+    """Widths up to which they are another number of rows, and that number."""
+
+    def rows_of(self, width: int) -> int:
+        """Rows of sums for each multiprocessor."""
+        return next((rows for most, rows in self.of_narrow if width <= most), self.partial_rows)
 
 
 class Rotary(NamedTuple):

@@ -118,7 +118,11 @@ KERNELS: dict[str, Kernel] = {
     "liger.rope": Rotary("liger-kernel, ops/rope.py (`LigerRopeFunction`)", backward_in_place=True),
     "torch-norm.rms_norm": Norm("torch, native/cuda/layer_norm_kernel.cu (`_fused_rms_norm`)", False, 0, in_python=False),
     "te-norm.rms_norm": Norm("transformer-engine 2.20.2, pytorch/ops/basic/rmsnorm.py (`RMSNorm`)", False, 0),
-    "quack.rms_norm": Norm("quack-kernels 0.6.4, rmsnorm.py (`RMSNormFunction`)", reuses_gradient=False, partial_rows=2),
+    "quack.rms_norm": Norm(
+        "quack-kernels 0.6.4, rmsnorm.py (`RMSNormFunction`), rmsnorm_config.py (`_get_sm_count_hopper`)",
+        *(False, 2),
+        of_narrow=((256, 16), (1024, 8), (2048, 4)),
+    ),
     "quack.rope": Rotary("quack-kernels 0.6.4, rotary.py (`ApplyRotaryEmb`)", backward_in_place=True),
     "torch-lora.adapters": ByOperation(
         "nemo_automodel 0.7.0, components/_peft/lora.py (`LinearLoRA.forward` without `use_memory_efficient_lora`)"
@@ -145,6 +149,7 @@ KERNELS: dict[str, Kernel] = {
     "uccl.exchange": Exchange("nemo_automodel 0.7.0, components/moe/uccl_ep/_buffer.py", replays=False),
     "balanced.gate": Balanced("nemo_automodel 0.7.0, components/moe/layers.py (`FakeBalancedGate`)"),
     "te-linear.dense": Projections("transformer-engine 2.20.2, pytorch/module/linear.py (`_Linear`)"),
+    "quack-linear.dense": Projections("quack-kernels 0.6.4, linear.py (`LinearFunc`), which needs no workspace", 0),
     "te-experts.experts": Projections(
         "transformer-engine 2.20.2, pytorch/module/grouped_linear.py (`_GroupedLinear`)", workspaces=4
     ),
@@ -165,7 +170,7 @@ DOCUMENTS = ("te.attention",)
 OF_EXPERTS = (
     *("deepep.exchange", "deepep-again.exchange", "hybridep.exchange", "uccl.exchange"),
     *("balanced.gate", "te-linear.dense", "te-experts.experts", "te-mxfp8.experts"),
-    *("te-fp8.experts", "te-fp8-blocks.experts"),
+    *("te-fp8.experts", "te-fp8-blocks.experts", "quack-linear.dense"),
 )
 BY_OPERATION = "torch-lora.adapters"
 OF_COMPILED = "torch-compile.residual"
@@ -302,7 +307,9 @@ OF_PACKAGE = {
         *("qwen3_5_moe", "nemotron_h"),
     ),
     "torch-norm": ("llama", "qwen2", *WITH_FAKE_GATE),
-    **dict.fromkeys(("torch-lora", "torch-compile", "quack"), ("llama", "qwen2")),
+    **dict.fromkeys(("torch-lora", "torch-compile"), ("llama", "qwen2")),
+    "quack": ("llama", "qwen2", "qwen3_moe"),
+    "quack-linear": ("qwen3_moe",),
     "te-norm": WITH_FAKE_GATE,
     **dict.fromkeys(("deepep-again", "balanced"), WITH_FAKE_GATE),
     "mamba-ssm": SCANNING,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from peftplan.job.kernel_facts import Gated, Norm, Rotary
+from peftplan.memory.fused_attention import number
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
 
@@ -31,7 +32,8 @@ def _rms_norm_backward(f: Tape, node: Node, saved: tuple[Norm, Tensor, Tensor, O
         return out, None
     if not kernel.partial_rows:
         return out, f.new(weight.dims, weight.dtype, "dW")
-    partial = f.new((kernel.partial_rows * f.card.number, *weight.dims), "fp32", "dW of each program")
+    rows = kernel.rows_of(number(weight.dims[-1]))
+    partial = f.new((rows * f.card.number, *weight.dims), "fp32", "dW of each program")
     total = f.new(weight.dims, "fp32", "sum")
     grad_weight = f.to(total, weight.dtype)
     del partial, total

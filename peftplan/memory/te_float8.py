@@ -80,3 +80,13 @@ def _grouped_backward(f: Tape, node: Node, saved: tuple[Narrow, Dims, Dims], g: 
     to_x, to_weight = f.new(saved[1], g.dtype, "dgrad"), f.new(saved[2], g.dtype, "wgrad")
     del of_g
     return to_x, to_weight
+
+
+def padded(f: Tape, x: Tensor) -> Tensor:
+    """`_Fp8Padding`, `_Fp8Unpadding`: the rows of each expert in as many as a product in 8 bits takes, and back, keeping
+    nothing. Left out: at most 31 rows for each expert."""
+    return f.new(x.dims, x.dtype, "padding", f.record(_padded_backward, (x,), x.dims))
+
+
+def _padded_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
+    return f.new(saved[0], g.dtype, "padding")

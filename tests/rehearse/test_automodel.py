@@ -157,12 +157,11 @@ IN_TURN = {
     ("qwen3-30b-a3b", 4, 2): 3.2,
     ("qwen3-30b-a3b", 12, 4): 1.4,
     ("qwen3-30b-a3b", 3, 4): 0.46,
-    ("qwen3-30b-a3b", 8, 4): 0.95,
+    ("qwen3-30b-a3b", 8, 4): 1.4,
     ("moonlight-16b-a3b", 4, 2): 1.2,
     ("moonlight-16b-a3b", 5, 4): 0.11,
     ("moonlight-16b-a3b", 8, 4): 0.3,
-    ("moonlight-16b-a3b", 4, 4): 0.9,
-    ("moonlight-16b-a3b", 8, 2): 0.1,
+    ("moonlight-16b-a3b", 4, 4): 0.15,
     ("gpt-oss-120b", 4, 1): 1.5,
 }
 """The same of reserved bytes where tokens take experts in turn: at most 454 MiB of four layers. `load` of DeepSeek-V3, which is
@@ -171,9 +170,9 @@ ALLOCATED_IN_TURN = 0.15
 """Per cent of allocated bytes there: of GLM-4.7-Flash with LoRA 50 MB, as much as a compressed query; of Moonlight without
 checkpoints 0.11; of the others at most 0.08."""
 
-OF_ENGINE_IN_8_BITS = {"te-mxfp8": (0.07, 14.3), "te-fp8": (0.21, 1.3), "te-fp8-blocks": (0.03, 0.16)}
-"""Transformer Engine's experts in 8 bits → per cent of allocated bytes, and of phases. With current scaling at most 40.6 MB, of
-copies of weights that the allocator leaves unsplit, in `step` too. With MXFP8 7 MB; `step` is 51 and 711 MB too high, as much as
+OF_ENGINE_IN_8_BITS = {"te-mxfp8": (0.09, 14.3), "te-fp8": (0.23, 1.3), "te-fp8-blocks": (0.09, 0.17)}
+"""Transformer Engine's experts in 8 bits → per cent of allocated bytes, and of phases. With current scaling at most 44 MB, of
+copies of weights that the allocator leaves unsplit, in `step` too. With MXFP8 10 MB; `step` is 51 to 708 MB too high, as much as
 the inputs in 8 bits of a layer that is computed again, which are freed earlier."""
 
 LEFT = 3 * 2 * (64 + 2 * 8) * 64
@@ -789,6 +788,13 @@ BY_LORA: dict[str, Any] = {
     "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
 }
 OF_QWEN: dict[str, Any] = {"model": "qwen3-30b-a3b", "kernels": "deepep,te-linear", "loss": "cut-apart"}
+BY_QUACK = {"kernels": "quack.rms_norm,deepep,quack-linear,balanced"}
+OF_DEEPSEEK: dict[str, Any] = {"model": "deepseek-v3", "kernels": "te-norm,hybridep,te-linear,te-mxfp8,balanced"} | {
+    "gpus": 64,
+    "ep_size": 64,
+    "seq_len": 4096,
+    "optim": "adam_one_by_one",
+}
 IN_BLOCKS: dict[str, Any] = {"kernels": "te-norm,deepep,te-linear,te-fp8-blocks,balanced", "optim": "adam_one_by_one"} | {
     "gradient_checkpointing": False,
     "seq_len": 2048,
@@ -813,6 +819,12 @@ OF_STAGES: dict[str, Any] = {"model": "minimax-m2.5", "kernels": "te-norm,hybrid
         ({"optim": "adam_one_by_one"}, False),
         ({"kernels": "te-norm,hybridep,te-linear,te-mxfp8,balanced", "optim": "adam_one_by_one"}, True),
         ({"kernels": "te-norm,hybridep,te-linear,te-mxfp8,balanced"}, False),
+        (OF_DEEPSEEK, True),
+        (OF_DEEPSEEK | {"gradient_accumulation_steps": 2}, False),
+        (OF_DEEPSEEK | {"gradient_checkpointing": False}, False),
+        (BY_QUACK, False),
+        (BY_QUACK | {"gradient_checkpointing": False}, False),
+        (BY_QUACK | {"kernels": "quack.rms_norm,deepep,te-linear,balanced"}, False),
         (IN_BLOCKS, True),
         (IN_BLOCKS | {"gradient_checkpointing": True}, False),
         (IN_BLOCKS | {"seq_len": 1000}, False),  # rows of experts that the tool pads

@@ -30,7 +30,7 @@ from peftplan.memory.models.automodel_exchange import GPUS_OF_NODE, combined, di
 from peftplan.memory.models.automodel_hybrid import experts as over_hybrid_ep
 from peftplan.memory.models.automodel_latent import latent_attention, of_latent
 from peftplan.memory.models.automodel_loop import in_a_loop
-from peftplan.memory.models.automodel_moe import Activated, masked_rows, product_of, projected, rotary_table
+from peftplan.memory.models.automodel_moe import Activated, by_engine, masked_rows, product_of, projected, rotary_table
 from peftplan.memory.models.automodel_moe import experts as of_all_ranks
 from peftplan.memory.models.automodel_moe import gate as gate_behind
 from peftplan.memory.models.automodel_moe import gpt_oss as with_flex_attention
@@ -234,12 +234,14 @@ def experts(
         factors = adapters(c, f"{c.style.stack}.{name}", owned)
         out = product(chosen, up, up.dims[1])
         out, *_of_up = (out,) if factors is None else adapted(f, product, chosen, out, factors[0])
+        _read = chosen if by_engine(c) else None
         del chosen
         after = after and factors is None  # adapted experts multiply before
         ones = f.new(probabilities.dims, "fp32", "ones_like") if after else None
         out = (activated or gated)(f, out, probabilities) if ones is None else activated_alone(f, out, ones)
         second = product(out, down, down.dims[1])
         second, *_of_down = (second,) if factors is None else adapted(f, product, out, second, factors[1])
+        _activated = out if by_engine(c) else None
         del out
         if after:
             second = weighted(f, second, probabilities)

@@ -9,12 +9,13 @@ Source: nemo_automodel 0.7.0, components/moe/experts.py (`GroupedExpertsDeepEP`,
 from __future__ import annotations
 
 from peftplan.job.further_tokens import STACK
+from peftplan.memory import te_float8
 from peftplan.memory.experts import to_local
 from peftplan.memory.fused_attention import number
 from peftplan.memory.models.automodel_adapted import adapted, adapters
 from peftplan.memory.models.automodel_chunks import in_chunks
 from peftplan.memory.models.automodel_ep import activated, combined, dispatched, exchange, gated, on_all, weighted
-from peftplan.memory.models.automodel_moe import Activated, product_of, projected
+from peftplan.memory.models.automodel_moe import Activated, by_engine, pads, product_of, projected
 from peftplan.memory.models.style import Call
 from peftplan.memory.units import experts as experts_of
 from peftplan.memory.units import further
@@ -47,6 +48,8 @@ def experts(
         chosen.node.context = layout
     c.model.dispatcher[:] = [probabilities]
     del masked, of_all
+    if pads(c):
+        chosen, probabilities = (te_float8.padded(f, y) for y in (chosen, probabilities))
     if c.model.running.rows_of_experts == "most":
         second = in_chunks(f, params, chosen, probabilities)
     elif "down_proj_bias" in params:
@@ -60,13 +63,16 @@ def experts(
         factors = adapters(c, f"{stack}.{name}.experts", owned)
         out = product(chosen, up, up.dims[1])
         out, *_of_up = (out,) if factors is None else adapted(f, product, chosen, out, factors[0])
+        _read = chosen if by_engine(c) else None
         del chosen
         after = after and factors is None
         ones = f.new(probabilities.dims, "fp32", "ones_like") if after else None
         inner = between(f, out, probabilities) if ones is None else activated(f, out, ones)
         second = product(inner, down, down.dims[1])
         second, *_of_down = (second,) if factors is None else adapted(f, product, inner, second, factors[1])
+        _activated = inner if by_engine(c) else None
         del inner, out
         if after:  # the fake gate's weights have no gradient
             second = weighted(f, second, probabilities if c.model.running.kernels.gate is None else probabilities.detach())
+    second = te_float8.padded(f, second) if pads(c) else second
     return units.leave(unit, combined(f, second, layout, dims))

@@ -246,6 +246,18 @@ def projected(
     return result if second is None else add(f, result, second, weights), out
 
 
+def by_engine(c: Call) -> bool:
+    """Whether Transformer Engine's experts run, in whose forward names hold what both products read."""
+    return c.model.running.kernels.experts is not None
+
+
+def pads(c: Call) -> bool:
+    """Whether the rows of each expert are padded, of which routers choose no round number; those that tokens take in turn are
+    not (`job.exchanges.pads`)."""
+    kernels = c.model.running.kernels
+    return kernels.experts is not None and kernels.experts.narrow is not None and kernels.gate is None
+
+
 def product_of(f: Tape, kernel: Projections | None, offsets: Tensor) -> Callable[[Tensor, Operand, Dim], Tensor]:
     """The product of experts' rows with their matrices, of Transformer Engine in 8 bits or of torch's kernel."""
     if kernel is not None and kernel.narrow is not None:

@@ -134,6 +134,11 @@ def test_nemo_waits_with_gradients_where_it_wraps_the_model(wraps: bool) -> None
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "experts": "torch_mm"}, 1024, "te,deepep,te-linear"),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "deepep", "experts": "te"}, 1024, "te,deepep,te-linear,te-experts"),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "hybridep", "experts": "te"}, 1024, "te,hybridep,te-linear,te-experts"),
+        (
+            "Qwen/Qwen3-30B-A3B",
+            {"dispatcher": "hybridep", "experts": "te", "te_fp8": {"recipe": "mxfp8"}},
+            *(1024, "te,hybridep,te-linear,te-mxfp8"),
+        ),
         ("Qwen/Qwen3-30B-A3B", {"dispatcher": "hybridep", "experts": "torch_mm"}, 1024, None),
         ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", {"linear": "torch"}, 0, "mamba-ssm,deepep"),
         ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", {"experts": "gmm"}, 848, "te,mamba-ssm,deepep,te-linear"),
