@@ -119,11 +119,6 @@ def _cuts_beside_experts(job: Job) -> bool:
     return job.architecture.model_type == "qwen3_moe" and job.setup.loss == CUT_APART and bool(job.setup.kernels)
 
 
-def _copies_in_8_bits(job: Job) -> bool:
-    """Whether Transformer Engine's experts keep copies in MXFP8."""
-    return "te-mxfp8.experts" in (job.setup.kernels or ())
-
-
 def _chunks_between_units(job: Job) -> bool:
     """Whether ranks share Qwen 3 Next, or NeMo Automodel's Qwen 3.5, whose delta rule runs in operations of torch: of eight
     layers of Qwen3.5 27B reserved bytes were 5.9 % above the replay, of four within 0.15 %."""
@@ -299,7 +294,6 @@ OVER_GPUS: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_adapts_stages, "LoRA in 1F1B: rehearsals of eight layers reserved 3.7 % more and 6 % less than the replay"),
     (_routes_beside_norms, "Moonlight beside Transformer Engine's norms: too few rehearsals compare reserved bytes"),
     (_cuts_beside_experts, "a head behind the model and divided experts: a rehearsal reserved 10 % less than the replay"),
-    (_copies_in_8_bits, "experts in MXFP8: a rehearsal of three layers reserved 3.4 % more than the replay"),
     (_deals_tokens, "tokens that take experts in turn: rehearsals reserved 3 to 18 % more than the replay"),
     (_chunks_between_units, "a delta rule in torch's operations: rehearsals reserved 9 % less than the replay and 5.9 % more"),
     (_gathers_adapted_gemma, "LoRA of Gemma 4 under FSDP2: a rehearsal reserved 3.9 % more than the replay"),

@@ -72,6 +72,7 @@ OF_NEMOTRON = ("mamba-ssm.scan", "deepep.exchange")
 OF_DOCUMENTS = ("te.attention", "deepep.exchange", "te-linear.dense")
 OF_HYBRID = ("te.attention", "hybridep.exchange", "te-linear.dense", "te-experts.experts")
 OF_DEEP_IN_TURN = ("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense")
+OF_QUACK_IN_TURN = ("quack.rms_norm", "deepep.exchange", IN_TURN, "quack-linear.dense")
 OF_HYBRID_IN_TURN = ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense")
 EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "gemma4": tuple(Exchanged(("deepep.exchange",), ADAMW, False, False, method) for method in ("partial", "lora")),
@@ -116,6 +117,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("torch-norm.rms_norm", IN_TURN), ADAMW, True, True),
         Exchanged(("te-norm.rms_norm", "deepep-again.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
         Exchanged(OF_DEEP_IN_TURN, ADAMW, True, True),
+        Exchanged(OF_QUACK_IN_TURN, ADAMW, True, True),
         Exchanged(OF_DEEP_IN_TURN, ADAMW, False, True),
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True),
         Exchanged((*OF_HYBRID_IN_TURN, "te-experts.experts"), ONE_BY_ONE, True, True),

@@ -822,7 +822,7 @@ OF_STAGES: dict[str, Any] = {"model": "minimax-m2.5", "kernels": "te-norm,hybrid
         (OF_DEEPSEEK, True),
         (OF_DEEPSEEK | {"gradient_accumulation_steps": 2}, False),
         (OF_DEEPSEEK | {"gradient_checkpointing": False}, False),
-        (BY_QUACK, False),
+        (BY_QUACK, True),
         (BY_QUACK | {"gradient_checkpointing": False}, False),
         (BY_QUACK | {"kernels": "quack.rms_norm,deepep,te-linear,balanced"}, False),
         (IN_BLOCKS, True),

@@ -770,6 +770,7 @@ NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
         ({"experts": "te", "te_fp8": {"recipe": "current"}, "whole": True}, None, {"model.backend.te_fp8.recipe"}),
         ({"fake_gate_noise": 0.5}, None, {"loss_fn.fp32_upcast", "dataset._target_", "model.backend.fake_balanced_gate"}),
         ({"linear": "quack"}, None, {"model.backend.linear"}),
+        ({"linear": "quack", "rms_norm": "quack"}, "quack.rms_norm,deepep,quack-linear,balanced", set()),
     ],
 )
 def test_what_of_the_benchmarks_mixtures_has_a_formula(changes: dict[str, Any], kernels: str | None, unknown: set[str]) -> None:
