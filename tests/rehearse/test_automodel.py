@@ -170,10 +170,11 @@ ALLOCATED_IN_TURN = 0.15
 """Per cent of allocated bytes there: of GLM-4.7-Flash with LoRA 50 MB, as much as a compressed query; of Moonlight without
 checkpoints 0.11; of the others at most 0.08."""
 
-OF_ENGINE_IN_8_BITS = {"te-mxfp8": (0.09, 14.3), "te-fp8": (0.23, 1.3), "te-fp8-blocks": (0.09, 0.17)}
+OF_ENGINE_IN_8_BITS = {"te-mxfp8": (0.25, 14.3), "te-fp8": (0.23, 1.3), "te-fp8-blocks": (0.09, 0.17)}
 """Transformer Engine's experts in 8 bits → per cent of allocated bytes, and of phases. With current scaling at most 44 MB, of
-copies of weights that the allocator leaves unsplit, in `step` too. With MXFP8 10 MB; `step` is 51 to 708 MB too high, as much as
-the inputs in 8 bits of a layer that is computed again, which are freed earlier."""
+copies of weights that the allocator leaves unsplit, in `step` too. With MXFP8 10 MB, and 32 MB of such copies of six layers over
+four ranks; `step` is 31 to 708 MB too high, as much as the inputs in 8 bits of a layer that is computed again, which are freed
+earlier."""
 
 LEFT = 3 * 2 * (64 + 2 * 8) * 64
 """Bytes for each token of gpt-oss that torch's compiler left to Python's garbage collector in rehearsals over several GPUs
