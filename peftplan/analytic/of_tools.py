@@ -50,14 +50,16 @@ REHEARSED = {
     "swift-grpo-taught": Rehearsed("full", "zero2", vllm=("server",)),
 }
 """Trainer → what was rehearsed of it."""
+RELOADED = "qwen2_5_vl"
+"""The model type whose weights were rehearsed to wait on the host under ZeRO-1, fully trained and with LoRA."""
 SENT_IN_GROUPS = Rehearsed(
     "lora", "zero3", ("qwen3_moe",), ("sdpa",), vllm=("colocate", "server"), one_row=True, in_groups=True, by_file=True
 )
 """What was rehearsed of other trainers that send groups, or under ZeRO-3 compare with the model without its adapter."""
+OF_TEXT_PART = Rehearsed("partial", "zero3", (RELOADED,), ("flash_attention_2", "sdpa"), vllm=("server",), one_row=True)
+"""What was rehearsed of ms-swift's GRPO under ZeRO-3 that trains a text part alone, without a reference."""
 WITH_ANSWERS = Rehearsed("full", "zero3", ("qwen2",), ("sdpa",), vllm=("colocate",))
 """What was rehearsed of completions beside rows whose answers are given."""
-RELOADED = "qwen2_5_vl"
-"""The model type whose weights were rehearsed to wait on the host under ZeRO-1, fully trained and with LoRA."""
 TAKING_TURNS = ("plain", "transformers", "trl", "axolotl")
 """Trainers whose layers may take turns, as in axolotl's, which was rehearsed."""
 
@@ -86,6 +88,8 @@ def _shown_of(job: "Job") -> Rehearsed | None:
     setup, strategy = job.setup, None if job.distributed is None else job.distributed.strategy
     if setup.loss_type == CHORD:
         return WITH_ANSWERS
+    if setup.by.gathers_when_called and strategy == "zero3" and job.method_name == "partial":
+        return OF_TEXT_PART
     alone = setup.by.gathers_when_called and strategy == "zero3" and job.reference == "adapter_off"
     grouped = alone or setup.move_model_batches is not None
     return REHEARSED.get(setup.by.name, SENT_IN_GROUPS if grouped else None)
@@ -108,6 +112,7 @@ def _differs(job: "Job", shown: Rehearsed) -> str | None:
         and not _is_of_file(job, shown.states_on),
         "weights that are not sent in groups from the host": shown.from_host and not _sends_groups(job),
         "weights that are not sent in groups": shown.in_groups and setup.move_model_batches is None,
+        "a reference model": shown is OF_TEXT_PART and job.reference != "none",
         "no reference model": shown.in_groups and job.reference != "adapter_off",
         f"{setup.batch_size} rows": shown.one_row and setup.batch_size > 1,
         "ring attention, as its GPUs do not divide the heads of keys": _rings(job),

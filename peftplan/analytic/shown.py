@@ -82,7 +82,7 @@ def shown_methods(job: Job) -> tuple[str, ...]:
     if by.own_fsdp2 and strategy == "fsdp2":
         return ("qlora",) if adapts_mixture(job) else ("full",)
     if by.generates and strategy == "zero3":
-        return ("full", "lora")
+        return ("full", "lora", *(("partial",) if by.gathers_when_called else ()))  # of a text part: `of_tools`
     if by.own_modules and strategy == "fsdp2":
         return (*SHOWN_METHODS, "dora")
     with_tower = (job.method.name,) if job.method and by.own_lora and knows_tower(job) else ()

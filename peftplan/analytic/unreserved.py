@@ -50,6 +50,12 @@ def _num_layers(job: Job) -> int:
     return sum(len(block.layers) for block in job.architecture.blocks)
 
 
+def _sends_text_part(job: Job) -> bool:
+    """Whether ms-swift's GRPO trains a text part under ZeRO-3."""
+    divided = job.distributed is not None and job.distributed.strategy == "zero3"
+    return divided and job.setup.by.gathers_when_called and job.method_name == "partial"
+
+
 def _learns_what_it_wrote(job: Job) -> bool:
     """Whether trl's SSDTrainer writes completions beside the states of the optimizer."""
     return job.setup.by.leaves_temperature
@@ -161,6 +167,7 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
         "the replay",
     ),
     (_sends_groups, "groups of weights for a server of vLLM: a rehearsal of four layers reserved 11 % more than the replay"),
+    (_sends_text_part, "a text part for a server of vLLM: a rehearsal of four layers reserved 5 % more than the replay"),
     (_learns_what_it_wrote, "completions written beside the optimizer's states: a rehearsal reserved 5 % less than the replay"),
     (_scores_completions, "completions of trl's older online trainers: rehearsals reserved up to ten times what the replay does"),
     (_shares_completions, "ranks share rows of completions: a rehearsal of ms-swift reserved 13 % less than the replay"),
