@@ -163,7 +163,7 @@ def knows_experts(job: Job) -> bool:
         return False
     alone = {distributed.tp_size, distributed.cp_size, distributed.dp_shard_size} <= {None, 1}
     plain = _reads_as_rehearsed(job) and _adapts_as_rehearsed(job)
-    here = distributed.offload_params in (None, "none") and distributed.reshard_after_forward is None
+    here = distributed.offload_params in (None, "none")
     mlp = job.architecture.blocks[-1].mlp
     whole = mlp.num_experts % distributed.ep_size == 0
     kernels = job.setup.kernels or ()
@@ -206,12 +206,12 @@ def _reads_as_rehearsed(job: Job) -> bool:
 
 def _adapts_as_rehearsed(job: Job) -> bool:
     """Whether adapters are those that were rehearsed, without dropout: of both products of Qwen 3's experts and of those that
-    tokens take in turn, of none of others, and of gpt-oss's attention alone."""
+    tokens take in turn but Nemotron 3's, of none of others, and of gpt-oss's attention alone."""
     if job.method_name != "lora":
         return True
     config, model_type = job.config, job.architecture.model_type
     of_experts = {name.rpartition(".")[2] for name in getattr(config, "target_parameters", None) or ()}
-    of_both = model_type == "qwen3_moe" or IN_TURN in (job.setup.kernels or ())
+    of_both = model_type == "qwen3_moe" or (IN_TURN in (job.setup.kernels or ()) and model_type != "nemotron_h")
     named = of_experts == ({"gate_up_proj", "down_proj"} if of_both else set())
     elsewhere = model_type == "gpt_oss" and not all(m.name.endswith(OF_ATTENTION) for m in job.adaptation.matched)
     plain = not getattr(config, "lora_dropout", 0) and not getattr(config, "modules_to_save", None)
@@ -236,6 +236,7 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     trains = (setup.dtype, setup.loss) == ("fp32" if shown.pretrains else "bf16", shown.loss)
     apart = ((shown.stages and not shown.whole) or shown.apart) is (distributed.pp_stage_is_unit is False)
     staged = apart and shown.stages is ((distributed.pp_size or 1) > 1)
+    staged &= distributed.reshard_after_forward is (True if shown.frees else None)
     return (
         job.method_name == shown.method and trains and beside and as_often and stepped and owns and aligned and as_long and staged
     )

@@ -36,6 +36,8 @@ class Exchanged(NamedTuple):
     """Whether weights were in fp32, and the loss read the head behind the model."""
     cuts: bool = False
     """Whether the loss read the head behind the model of weights in bf16 too."""
+    frees: bool = False
+    """Whether what is gathered was freed after forward, that of the experts too."""
     rows: Rows = "many"
     """How many rows of experts: `few` get their weights, or biases, at once, and `most` of experts with biases run in chunks."""
 
@@ -74,6 +76,7 @@ OF_HYBRID = ("te.attention", "hybridep.exchange", "te-linear.dense", "te-experts
 OF_DEEP_IN_TURN = ("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.dense")
 OF_QUACK_IN_TURN = ("quack.rms_norm", "deepep.exchange", IN_TURN, "quack-linear.dense")
 OF_HYBRID_IN_TURN = ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense")
+SCANNING_IN_TURN = ("te-norm.rms_norm", "mamba-ssm.scan", "hybridep.exchange", IN_TURN, "te-linear.dense")
 EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "gemma4": tuple(Exchanged(("deepep.exchange",), ADAMW, False, False, method) for method in ("partial", "lora")),
     "qwen3_5_moe": (
@@ -154,7 +157,10 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     ),
     "nemotron_h": (
         Exchanged(("te-norm.rms_norm", *OF_NEMOTRON, IN_TURN, "te-linear.dense"), ADAMW, True, True),
-        Exchanged(("te-norm.rms_norm", "mamba-ssm.scan", "hybridep.exchange", IN_TURN, "te-linear.dense"), ADAMW, True, True),
+        *(
+            Exchanged(SCANNING_IN_TURN, ADAMW, True, True, method, frees=frees)
+            for method, frees in (("full", False), ("full", True), ("lora", True))
+        ),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, False),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ADAMW, False, True, syncs=True),
         Exchanged((*OF_NEMOTRON, "te-linear.dense"), ANY_ADAM, False, True, "lora", shared=True),

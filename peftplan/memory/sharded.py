@@ -69,7 +69,8 @@ def units_of(
     """The units of a model. `full` are its parameters, `shards` what the rank holds of each of them. `checkpoints_units`: a
     checkpointed call runs a layer as FSDP1 wraps it.
     """
-    reshards = distributed.reshard_after_forward is not False and owners(distributed) == 1
+    explicit = distributed.reshard_after_forward
+    reshards = explicit is not False and (owners(distributed) == 1 or explicit is not None)
     kernels = model.running.kernels
     calls_adapters = not (kernels.lora_mlp or kernels.lora_qkv or kernels.lora_o)
     groups = grouped(model.arch, full, shards, distributed, layout, calls_adapters=calls_adapters)
@@ -79,7 +80,8 @@ def units_of(
     of_fsdp1 = distributed.strategy == "fsdp1"
     trained_apart = any(p.owner == "adapter" and p.trainable for p in full.all)
     ends = () if layout.ends == "root" else (TAIL,)  # torchtune frees a head that is a unit
-    kept = () if layout.frees_root or has_layers_alone(layout, distributed) else (ROOT, *ends)
+    frees_all = explicit is True and owners(distributed) > 1
+    kept = () if frees_all or layout.frees_root or has_layers_alone(layout, distributed) else (ROOT, *ends)
     units = [
         Unit(
             name,

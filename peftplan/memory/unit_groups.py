@@ -58,9 +58,7 @@ def grouped(
     torchtune leaves embedding and tail to the root unless `custom_sharded_layers` names them (`shard_model`). FSDP1 may wrap MLPs
     alone (`wraps_mlps`): then layers have no units. `calls_adapters`: modules of an adapter, which are units of FSDP1, run one by
     one; a kernel that takes their weights finds them gathered with their layer. `loads`: with what every rank holds whole, which
-    is loaded as if it were of the root. `towers_apart`: layers of a tower are not counted among those of the text. Where ranks
-    divide experts, and free layers after forward, the norm behind these is of the model within the class with the head
-    (nemo_automodel 0.7.0, components/moe/parallelizer.py, `apply_fsdp`); elsewhere its place changes nothing.
+    is loaded as if it were of the root. `towers_apart`: layers of a tower are not counted among those of the text.
     """
     pairs = {id(p): (p, shard) for p, shard in zip(full.all, shards.all, strict=True)}
     is_tied, norm = tied(arch), final_norm(arch, full) if layout.ends == "units" else None
@@ -74,8 +72,7 @@ def grouped(
     leaves = inner or (layout.leaves_apart and distributed.strategy == "fsdp2" and adapted)
     in_root: list[tuple[int, tuple[Parameter, Parameter]]] = []
     before = 0
-    frees = owners(distributed) > 1 and distributed.reshard_after_forward and distributed.pp_size in (None, 1)
-    rest = BACKBONE if frees else ROOT
+    rest = BACKBONE if frees_apart(distributed) else ROOT
     groups: dict[str, Pairs] = {ROOT: [], rest: [], **({EMBEDDING: []} if EMBEDDING in ends and not is_tied else {})}
     named = {BY_TORCHTUNE[name] for name in distributed.custom_sharded_layers or ()}
     groups |= {EMBEDDING: []} if EMBEDDING in named else {}
@@ -133,9 +130,20 @@ def _ends(arch: Architecture, full: Parameters, distributed: Distributed, layout
         return frozenset(() if tied(arch) else (EMBEDDING,))
     if layout.ends == "tables":
         tables = () if tied(arch) else ((EMBEDDING, arch.input_embedding), (TAIL, arch.output_embedding))
-        return frozenset(unit for unit, table in tables if any(p.trainable and p.name.startswith(f"{table}.") for p in full.all))
+        return frozenset(
+            unit
+            for unit, table in tables
+            if frees_apart(distributed) or any(p.trainable and p.name.startswith(f"{table}.") for p in full.all)
+        )
     apart = layout.ends == "units" and not has_layers_alone(layout, distributed)
     return frozenset((EMBEDDING, TAIL) if apart else ())
+
+
+def frees_apart(distributed: Distributed) -> bool:
+    """Whether ranks divide experts, and free after forward what they gathered, outside of stages: then the order matters in which
+    tables, and the norm behind the layers, are gathered (nemo_automodel 0.7.0, components/moe/parallelizer.py, `apply_fsdp`)."""
+    frees = owners(distributed) > 1 and bool(distributed.reshard_after_forward)
+    return frees and distributed.pp_size in (None, 1)
 
 
 def has_layers_alone(layout: Layout, distributed: Distributed) -> bool:

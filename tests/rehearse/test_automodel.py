@@ -176,6 +176,9 @@ copies of weights that the allocator leaves unsplit, in `step` too. With MXFP8 1
 four ranks; `step` is 31 to 708 MB too high, as much as the inputs in 8 bits of a layer that is computed again, which are freed
 earlier."""
 
+FREED_BY_LATER_BACKWARDS = 6.5
+"""Per cent of backward with LoRA where layers are freed after forward: `enable_fsdp_optimizations` leaves the head gathered in
+the backward of each micro batch but the last, whose peak is 358 MB higher than here, and 34 % below that in forward."""
 LEFT = 3 * 2 * (64 + 2 * 8) * 64
 """Bytes for each token of gpt-oss that torch's compiler left to Python's garbage collector in rehearsals over several GPUs
 without an exchange: three times the queries, keys and values of a layer."""
@@ -248,7 +251,9 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
     phases = {phase: kept for phase, kept in phases.items() if (row["model"], phase) != ("deepseek-v3", "load")}
     by_phase = {phase: 100 * (peaks.by_phase[phase] / kept - 1) for phase, kept in phases.items()}
-    assert all(abs(drift) <= max(LARGEST_OF_PHASE, loose) for drift in by_phase.values()), by_phase
+    freed = row["options"].get("reshard_after_forward") and row["options"]["method"] == "lora"
+    largest = dict.fromkeys(by_phase, max(LARGEST_OF_PHASE, loose)) | ({"backward": FREED_BY_LATER_BACKWARDS} if freed else {})
+    assert all(abs(drift) <= largest[phase] for phase, drift in by_phase.items()), by_phase
 
 
 def test_a_teacher_lies_beside_the_student(tmp_path: Path) -> None:

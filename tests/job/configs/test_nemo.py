@@ -809,6 +809,32 @@ def test_a_loss_of_narrow_logits_is_not_that_of_wide_ones(upcasts: bool) -> None
     assert [row.effect for row in plan.unsupported.values()] == ([] if upcasts else ["lowers"])
 
 
+def test_nemo_frees_the_layers_of_nemotron_s_benchmark() -> None:
+    """LoRA of linear layers that are not excluded leaves the experts alone, whose rank another key divides."""
+    backend = {"attn": "te", "linear": "te", "rms_norm": "te", "experts": "torch_mm", "dispatcher": "hybridep"}
+    repository = {"_target_": "transformers.AutoConfig.from_pretrained", "pretrained_model_name_or_path": NANO}
+    plan = of_nemo(
+        {"strategy": "fsdp2", "ep_size": 8, "moe": {"reshard_after_forward": True, "ignore_router_for_ac": False}},
+        recipe="BenchmarkingRecipeForNextTokenPrediction",
+        model={
+            "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_config",
+            "config": repository,
+            "backend": backend | {"fake_balanced_gate": True},
+        },
+        peft={
+            "_target_": "nemo_automodel.components._peft.lora.PeftConfig",
+            "exclude_modules": ["*.out_proj"],
+            "moe_rank_scaling": True,
+        },
+        loss_fn={"_target_": "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy", "fp32_upcast": False},
+        dataset={"_target_": MOCK, "seq_len": 4096},
+        dataloader=UNBATCHED,
+    )
+    assert plan.unsupported == {}
+    assert plan.options["reshard_after_forward"] is True
+    assert "target_parameters" not in plan.options
+
+
 def test_how_experts_are_gathered_and_recomputed() -> None:
     """components/distributed/config.py:197: defaults are what was rehearsed."""
     keys = {"reshard_after_forward": True, "ignore_router_for_ac": False}
