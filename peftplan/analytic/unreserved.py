@@ -82,8 +82,9 @@ LONGEST_UNHOSTED = 576
 
 
 def _trains_long_rows(job: Job) -> bool:
-    """Whether ms-swift's GRPO whose weights leave the host trains on longer rows than were rehearsed."""
-    return job.setup.by.sends_from_host and job.method_name == "lora" and job.setup.seq_len > LONGEST_UNHOSTED
+    """Whether ms-swift's GRPO whose weights leave the host, or are sent in groups, trains on longer rows than were rehearsed."""
+    sends = job.setup.by.sends_from_host or job.setup.move_model_batches is not None
+    return sends and job.method_name == "lora" and job.setup.seq_len > LONGEST_UNHOSTED
 
 
 def _sends_from_host(job: Job) -> bool:
@@ -158,8 +159,8 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_fuses_in_8_bits, "few fused layers in 8 bits: a rehearsal of two layers of Phi-4 reserved 20 % more than the replay"),
     (
         _trains_long_rows,
-        f"weights that leave the host beside longer rows than {LONGEST_UNHOSTED}: the replay has a third more than is allocated, "
-        "and no rehearsal shows it",
+        f"weights that leave the host, or groups of weights, beside longer rows than {LONGEST_UNHOSTED}: the replay has up to a "
+        "third more than is allocated, and no rehearsal shows it",
     ),
     (
         _sends_from_host,

@@ -179,6 +179,9 @@ def test_grpo_adapts_a_mixture_whose_weights_it_sends_in_groups(row: dict[str, A
     assert whole < row["by_phase"]["step"] - stored < 1.02 * whole + 512 * 2**20  # a flat copy for the server
     for other in ({"move_model_batches": None}, {"batch_size": 2}, {"model": "qwen3-0.6b"}, {"beta": 0}):
         assert peftplan.estimate(**job | other, script=script).peaks is None, other
+    longer = peftplan.estimate(**job | {"seq_len": 3072}, script=script).peaks
+    assert longer is not None
+    assert longer.reserved is None  # no longer row was rehearsed
     assert peftplan.estimate(**job).peaks is None  # a newer transformers releases what backward has gathered
 
 
