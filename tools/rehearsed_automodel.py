@@ -280,7 +280,8 @@ def recipe() -> None:
         triton.autotune = partial(unsaid.first_config, triton.autotune)
     settings = yaml.safe_load(Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8"))
     backend = settings["model"].get("backend", {})
-    if "te" in (backend.get("attn"), backend.get("linear")) or backend.get("dispatcher") in ("deepep", "uccl_ep"):
+    by_engine = "te" in (backend.get("attn"), backend.get("linear"), backend.get("experts"))
+    if by_engine or backend.get("dispatcher") in ("deepep", "uccl_ep"):
         uncompiled_te.install_for_automodel()
     if backend.get("dispatcher") in ("hybridep", "deepep", "uccl_ep"):
         from transformers import AutoConfig

@@ -96,7 +96,7 @@ def knows_pipeline(job: Job, distributed: Distributed) -> bool:
         and distributed.offload_params in (None, "none")
         and not any(a.window for block in job.architecture.blocks for a in block.attentions)
         and (of_experts or not (apart or distributed.sync_each_batch or (distributed.ep_size or 1) > 1))
-        and distributed.reshard_after_forward is None
+        and (distributed.reshard_after_forward is None or of_experts)
         and (job.setup.loss == "full" or (of_experts and job.setup.loss == NO_UPCAST))
         and (job.method_name in ("full", "lora") or distributed.pp_schedule == INTERLEAVED)
         and (job.method_name != "lora" or _adapts_each_layer(job))

@@ -30,11 +30,11 @@ from peftplan.analytic.shown import (
 from peftplan.analytic.shown_optimizers import SHOWN_OPTIMIZERS, shown_optimizers
 from peftplan.analytic.text_parts import knows_wrapped
 from peftplan.distributed.flat_parameters import wraps_mlps
-from peftplan.distributed.layout import ACCELERATE
+from peftplan.distributed.layout import ACCELERATE, AUTOMODEL
 from peftplan.distributed.tensor_parallel import PLANS, ranks_of
 from peftplan.job.automodel import builds, knows_experts, knows_worst_routing
 from peftplan.job.kernels import WITH_FORMULA
-from peftplan.job.loss_sizes import CUT
+from peftplan.job.loss_sizes import CUT, CUT_APART
 from peftplan.memory.recast import WHOLE
 from peftplan.memory.unit_groups import tied
 from peftplan.optim import parse_optim, parse_optim_args
@@ -265,9 +265,13 @@ def _knows_shared_rows(job: Job, distributed: Distributed) -> bool:
 
 
 def _shares_rows_by_automodel(job: Job, distributed: Distributed) -> bool:
-    """Whether NeMo Automodel was rehearsed so: fully trained models of its own, in bf16, over rings of these lengths."""
-    own, ring = builds(job) and job.method_name == "full" and job.setup.dtype == "bf16", distributed.cp_size or 1
-    return own and ring in RINGS_OF_AUTOMODEL and not job.setup.seq_len % (2 * ring)
+    """Whether NeMo Automodel was rehearsed so: fully trained models of its own, in bf16, over rings of these lengths, and
+    transformers' Qwen3 over two ranks, with checkpoints and the loss that reads the head behind the model."""
+    setup, ring = job.setup, distributed.cp_size or 1
+    shown = builds(job) and ring in RINGS_OF_AUTOMODEL
+    if setup.by.layout is AUTOMODEL and job.architecture.model_type == "qwen3" and not setup.by.own_decoders:
+        shown = ring == RINGS_OF_AUTOMODEL[0] and setup.loss == CUT_APART and bool(setup.gradient_checkpointing)
+    return shown and job.method_name == "full" and setup.dtype == "bf16" and not setup.seq_len % (2 * ring)
 
 
 def _knows_ends(job: Job, distributed: Distributed) -> bool:

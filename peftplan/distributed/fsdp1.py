@@ -122,10 +122,12 @@ class Fsdp1(Fsdp2):
             del read
 
     def enter(self, name: str) -> None:
-        """Before a unit's forward."""
+        """Before a unit's forward. A checkpointed layer runs again while its parameters are there."""
+        if self.f.replays:
+            return
         super().enter(name)
         unit = self.by_name.get(name)
-        if unit is not None and self.prefetches_forward and self.knows_order and not self.f.replays:
+        if unit is not None and self.prefetches_forward and self.knows_order:
             for following in self._in_order[unit]:
                 self._gather_ahead(following)
                 self._split_early.add(following)

@@ -73,11 +73,13 @@ class Fsdp2(OneDevice):
     def enter(self, name: str) -> None:
         """Before a unit's forward: gather its parameters."""
         unit = self.by_name.get(self.joined.get(name, name))
-        if unit is None or self.f.replays:  # a checkpointed layer runs again while its parameters are there
+        if unit is None:
             return
-        unit.state = "forward"
         self._unshard(unit)
         self._wait(unit, forward=True)
+        if self.f.replays:  # a checkpointed layer runs again while its parameters are there; a unit within it is gathered again
+            return
+        unit.state = "forward"
         for ahead in unit.gathers_in_forward:
             self._unshard(ahead)
 

@@ -104,6 +104,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("hybridep.exchange",), ADAMW, False, True, "lora", stages=True),
     ),
     "glm4_moe": (
+        Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, shared=True, stages=True, frees=True),
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, False, False, shared=True),
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True, "lora", stages=True),
         Exchanged((), (), False, False, shared=True),

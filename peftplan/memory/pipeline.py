@@ -281,7 +281,7 @@ class OfRank(OneGpu):
         output = self._forward(action)
         self.latest[:] = [output] * (len(self.models) == 1)
         if self.stages[action.stage].last:
-            logits.append(output.detach())
+            logits.append(output)
             if action.micro_batch == 1 and output.storage is not None:  # those that are left out
                 f.counts[output.storage.number] = self.chunks - max(each.micro_batch for each in self.actions)
             f.module = ""

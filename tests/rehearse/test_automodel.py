@@ -186,6 +186,7 @@ SHARED_ROWS = {
     ("qwen3-8b", 1024, 0): 0.05,
     ("qwen3-8b", 2048, 0): 0.1,
     ("qwen3-0.6b", 2048, 0): 0.53,
+    ("qwen3-4b", 2048, 0): 0.17,
     ("llama-3.2-1b", 1024, 0): 0.01,
     ("qwen2.5-0.5b", 1024, 0): 0.01,
     ("llama-3.2-1b", 1024, 1): 3.4,
@@ -680,6 +681,23 @@ def test_what_of_packed_documents_was_rehearsed(options: dict[str, Any], unknown
     assert unknown is None or unknown in result.not_modelled[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        ({}, True),
+        ({"optim": "adamw_torch"}, True),
+        ({"cp_size": 4}, False),
+        ({"loss": "full"}, False),
+        ({"gradient_checkpointing": False}, False),
+        ({"model": "llama-3.2-1b"}, False),
+    ],
+)
+def test_what_of_shared_rows_in_transformers_modules_was_rehearsed(options: dict[str, Any], known: bool) -> None:
+    job: dict[str, Any] = {"model": "qwen3-4b", "method": "full", "trainer": "automodel-hf", "strategy": "fsdp2", "gpus": 8}
+    job |= {"cp_size": 2, "loss": "cut-apart", "optim": "flash_adamw", "gradient_checkpointing": True, "seq_len": 1024}
+    assert (peftplan.estimate(**job | options).peaks is not None) is known
+
+
 @pytest.mark.parametrize(("card", "verdict"), [("a100-80gb", "does_not_run"), ("l40s", "fits")])
 def test_layers_in_8_bits_need_a_card_that_multiplies_them(card: str, verdict: str) -> None:
     """nemo_automodel, components/quantization/fp8.py: "FP8 is only supported on SM89 or later GPUs"."""
@@ -870,6 +888,8 @@ OF_STAGES: dict[str, Any] = {"model": "minimax-m2.5", "kernels": "te-norm,hybrid
         (OF_FLASH | BY_LORA | {"target_parameters": ["experts.down_proj"]}, False),
         (OF_STAGES | BY_LORA, True),
         (OF_STAGES | {"model": "glm-4.6"}, False),
+        (OF_STAGES | {"model": "glm-4.6", "ep_size": 16, "reshard_after_forward": True}, True),
+        (OF_STAGES | {"ep_size": 16, "reshard_after_forward": True}, False),
         ({"model": "minimax-m2.5", "kernels": "te-norm,hybridep,te-linear,balanced"}, False),  # without stages
         (OF_GLM | {"gradient_checkpointing": True}, False),
         (OF_GLM | {"seq_len": 1024}, False),  # 8,192 rows of experts, which get their weights at once

@@ -21,26 +21,32 @@ LARGEST = {"allocated": 0.01, "reserved": 0.1}
 OF_DIVIDED = {"allocated": 0.07, "reserved": 0.2}
 """Per cent, where ranks share matrices too: 7 MB, with LoRA 3 to 4 MB, most of them tables of rotary embedding in
 each of four stages, for as many positions as the largest of them says, a number that the emulated card does not hold."""
-BESIDE_EXPERTS = {"allocated": 0.11, "reserved": 0.75}
-"""Per cent, where ranks divide experts: 8 to 10 MB, half of them blocks that the
-allocator leaves unsplit; of reserved ones 100 MiB."""
+BESIDE_EXPERTS = {"allocated": 0.08, "reserved": 0.85}
+"""Per cent, where ranks divide experts: 6 and 7 MB, most of them blocks that the
+allocator leaves unsplit; of reserved ones 115 MiB."""
 SYNCED = {"allocated": 0.11, "reserved": 1.5}
 """Per cent, where each backward reduces: of reserved bytes, 244 MiB of one rank and 12 of the other."""
 OF_GATHERED = {"allocated": 0.03, "reserved": 1.0}
 """Per cent of DeepSeek V3, whose ranks gather the tokens of all: 6 and 9 MB; of reserved ones 394 and 42 MiB."""
 OF_SPARSE = {
-    8: {"allocated": 0.01, "reserved": 0.75},
-    32: {"allocated": 0.02, "reserved": 0.31},
-    64: {"allocated": 0.04, "reserved": 0.32},
+    8: {"allocated": 0.02, "reserved": 0.11},
+    32: {"allocated": 0.02, "reserved": 0.13},
+    64: {"allocated": 0.01, "reserved": 0.12},
 }
-"""Per cent of GLM-5, by how many ranks divide its experts: 1 to 6 MB; of reserved ones 346, 40 and 78 MiB."""
-DEALT = {"allocated": 0.29, "reserved": 2.8}
-"""Per cent, where tokens take experts in turn: 1 to 6 MB, of MiniMax 6 and 46, of GLM-4.7 with LoRA 28, of GLM-5 2 and 69; of
-reserved ones 1.2 GB of DeepSeek-V3's last stage, 1.1 of GLM-5's, 0.4 of Qwen 3's. They are not stated of GLM-4.7's and Kimi K2's,
-nor of Qwen 3's where several ranks own the same experts."""
-LARGEST_FORWARD = {("glm-4.6", "lora", 0): 1.8, ("glm-5", "lora", 0): 0.61, ("glm-5", "lora", 32): 0.36}
-"""Per cent of forward with LoRA: GLM-4.7's first stage is 133 MB low, 4 % below the peak in backward, GLM-5's 87 and 62 MB high,
-9 and 17 % below."""
+"""Per cent of GLM-5, by how many ranks divide its experts: 8, 1 and 1 MB; of reserved ones 54, 16 and 28 MiB."""
+DEALT = {"allocated": 0.16, "reserved": 1.75}
+"""Per cent, where tokens take experts in turn: 1 to 7 MB, of GLM-5's last stage 40; of reserved ones 0.6 GB of its LoRA and of
+DeepSeek-V3's last stage, 0.4 of Qwen 3's. They are not stated of GLM-4.7's and Kimi K2's, nor of Qwen 3's where several ranks own
+the same experts."""
+LARGEST_FORWARD = {
+    ("glm-4.6", "lora", 0): 1.8,
+    ("glm-5", "lora", 0): 0.61,
+    ("glm-5", "lora", 32): 0.54,
+    ("glm-5", "full", 0): 0.29,
+    ("glm-5", "full", 128): 0.24,
+}
+"""Per cent of forward: with LoRA, GLM-4.7's first stage is 133 MB low, 4 % below the peak in backward, GLM-5's 87 and 93 MB high,
+9 and 17 % below; fully trained, GLM-5's are 66 MB high."""
 OF_TEXT_PARTS = ("qwen3-vl-30b-a3b-instruct", "qwen3.5-35b-a3b")
 """Mixtures with a tower: their reserved bytes are not stated, since those of their delta rule and of experts that are divided
 beside a tower depend on addresses."""

@@ -265,16 +265,17 @@ def _gated_backward(f: Tape, node: Node, saved: tuple[Tensor, Tensor], g: Tensor
 
 
 def weighted(f: Tape, x: Tensor, weights: Tensor) -> Tensor:
-    """`_RouterWeightMulFunction`: products in fp32, chunk by chunk; keeps both, or the weights alone if they have no gradient."""
+    """`_RouterWeightMulFunction`: products in fp32, chunk by chunk; once it returns, it keeps both, or the weights alone if they
+    have no gradient."""
     alone = weights.node is None
-    kept = (None if alone else x.detach(), weights.detach())
-    node = f.record(_weighted_backward, (x,) if alone else (x, weights), x.dtype, *kept)
+    node = f.record(_weighted_backward, (x,) if alone else (x, weights))
     out = f.new(x.dims, x.dtype, "empty", node)
     chunk = (CHUNK, x.dims[-1])
     wide, product = f.new(chunk, "fp32", "to"), f.new(chunk, "fp32", "mul")
     del wide
     narrow = f.new(chunk, x.dtype, "to")
     del product, narrow
+    f.keep(node, x.dtype, None if alone else x.detach(), weights.detach())
     return out
 
 

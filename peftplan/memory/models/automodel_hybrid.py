@@ -63,11 +63,12 @@ def experts(
         factors = adapters(c, f"{stack}.{name}.experts", owned)
         out = product(chosen, up, up.dims[1])
         out, *_of_up = (out,) if factors is None else adapted(f, product, chosen, out, factors[0])
-        _read = chosen if by_engine(c) else None
+        _read = chosen if factors is None or by_engine(c) else None
         del chosen
         after = after and factors is None
         ones = f.new(probabilities.dims, "fp32", "ones_like") if after else None
         inner = between(f, out, probabilities) if ones is None else activated(f, out, ones)
+        out = inner if factors is None and not by_engine(c) else out
         second = product(inner, down, down.dims[1])
         second, *_of_down = (second,) if factors is None else adapted(f, product, inner, second, factors[1])
         _activated = inner if by_engine(c) else None

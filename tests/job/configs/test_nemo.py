@@ -844,6 +844,14 @@ def test_how_experts_are_gathered_and_recomputed() -> None:
     assert not any(".moe." in key for key in defaults.unsupported)
 
 
+@pytest.mark.parametrize(("model", "read"), [("zai-org/GLM-4.7", True), ("MiniMaxAI/MiniMax-M2.5", False)])
+def test_experts_that_are_freed_after_forward(model: str, read: bool) -> None:
+    stages = {"strategy": "fsdp2", "ep_size": 8, "pp_size": 2, "moe": {"reshard_after_forward": True}}
+    plan = of_nemo(stages, model=NEMO_MODEL | {"pretrained_model_name_or_path": model, "backend": {"dispatcher": "hybridep"}})
+    assert plan.options.get("reshard_after_forward") is (True if read else None)
+    assert ("distributed.moe.reshard_after_forward" in plan.unsupported) is not read
+
+
 OF_LORA = ("method", "r", "target_modules", "target_parameters", "rank_pattern")
 
 
