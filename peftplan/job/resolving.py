@@ -67,6 +67,8 @@ def resolved(
         )
     if max_positions is not None and "seq_len" not in setup.model_fields_set:
         filled["seq_len"] = min(setup.seq_len, max_positions)
+    if setup.by.n_passages is not None and setup.n_passages is None:
+        filled["n_passages"] = setup.by.n_passages
     filled |= _lengths(setup, filled.get("seq_len", setup.seq_len))
     complete = setup.model_copy(update=filled)
     check_length(complete.seq_len, max_positions)

@@ -52,11 +52,11 @@ AUTOMODEL_KD = AUTOMODEL_RECIPE._replace(
 AUTOMODEL_BI_ENCODER = AUTOMODEL_RECIPE._replace(
     name="automodel-bi-encoder",
     called="NeMo Automodel's bi-encoder recipe",
-    defaults=AUTOMODEL_RECIPE.defaults._replace(n_passages=5),  # components/datasets/llm/retrieval_dataset.py:978
     losses=("full",),
     loss_apart=False,
     own_decoders=False,
     passages="apart",
+    n_passages=5,  # components/datasets/llm/retrieval_dataset.py:978
     layout=OF_ENCODERS,
     task="FEATURE_EXTRACTION",
     under_fsdp2=("none",),

@@ -24,7 +24,6 @@ class Defaults(NamedTuple):
     kbit_prepare: bool = True
     device_map: DeviceMap = "none"
     """Of a model that the trainer or its program loads by name, on one GPU."""
-    n_passages: int | None = None
 
 
 class Forward(NamedTuple):
@@ -134,6 +133,8 @@ class Trainer(NamedTuple):
     passages: Passages | None = None
     """How it reads the passages of a query: in a forward of their own behind that of the queries, or each in a row with its
     query; None: its data have none."""
+    n_passages: int | None = None
+    """How many a query has by default."""
     scores_words: WordScores | None = None
     """Of which texts it scores two words at the end, in place of all logits: each a row, or all those of one row."""
     skips_autocast: bool = False
