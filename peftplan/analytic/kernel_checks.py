@@ -34,7 +34,7 @@ SHARED = {
     **dict.fromkeys(
         (
             *("deepep", "deepep-again", "hybridep", "uccl", "balanced", "te-linear", "te-experts"),
-            *("te-mxfp8", "te-fp8", "te-fp8-blocks", "quack-linear"),
+            *("te-mxfp8", "te-fp8", "te-fp8-blocks", "quack-linear", "torch-compile-attn"),
         ),
         ("fsdp2",),
     ),

@@ -101,7 +101,7 @@ TRAINING: dict[str, str] = {
     "unsloth-padded, unsloth-offload, unsloth-experts, unsloth-qat-int4|int8-int4|lora, axolotl, axolotl-fused, "
     "axolotl-offload, trl-offload, swift-offload, liger, torchao (QAT), torchao-int4, torchao-mxfp4, torchao-float8, te, "
     "mamba-ssm, fla, deepep, deepep-again, hybridep, uccl, balanced, te-linear, te-experts, te-mxfp8, te-fp8, "
-    "te-fp8-blocks, te-norm, torch-norm, torch-lora, torch-compile, quack, quack-linear, or parts of them",
+    "te-fp8-blocks, te-norm, torch-norm, torch-lora, torch-compile, torch-compile-attn, quack, quack-linear, or parts of them",
     "--loss": f"how the loss is computed: {', '.join(get_args(Loss))}; default: auto, the trainer's",
     "--logits-to-keep": "compute logits only for the last N tokens of each sequence",
     "--router-loss/--no-router-loss": "add a mixture's load-balancing loss; default: as the trainer or the config says",

@@ -4,7 +4,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from peftplan.arrays import Fact
-from peftplan.job.kernels import kernels_of
+from peftplan.job.kernels import OF_COMPILED_ATTENTION, kernels_of
 from peftplan.job.loss_sizes import CUT_APART, NO_UPCAST
 
 if TYPE_CHECKING:
@@ -77,6 +77,7 @@ OF_DEEP_IN_TURN = ("te-norm.rms_norm", "deepep.exchange", IN_TURN, "te-linear.de
 OF_QUACK_IN_TURN = ("quack.rms_norm", "deepep.exchange", IN_TURN, "quack-linear.dense")
 OF_HYBRID_IN_TURN = ("te-norm.rms_norm", "hybridep.exchange", IN_TURN, "te-linear.dense")
 SCANNING_IN_TURN = ("te-norm.rms_norm", "mamba-ssm.scan", "hybridep.exchange", IN_TURN, "te-linear.dense")
+OF_COMPILED_IN_TURN = ("torch-norm.rms_norm", OF_COMPILED_ATTENTION, "hybridep.exchange", IN_TURN, "te-experts.experts")
 EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
     "gemma4": tuple(Exchanged(("deepep.exchange",), ADAMW, False, False, method) for method in ("partial", "lora")),
     "qwen3_5_moe": (
@@ -125,6 +126,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(OF_DEEP_IN_TURN, ADAMW, False, True),
         Exchanged(OF_HYBRID_IN_TURN, ADAMW, True, True),
         Exchanged((*OF_HYBRID_IN_TURN, "te-experts.experts"), ONE_BY_ONE, True, True),
+        Exchanged(OF_COMPILED_IN_TURN, ONE_BY_ONE, True, True),
         Exchanged((*OF_HYBRID_IN_TURN, "te-mxfp8.experts"), ONE_BY_ONE, True, True),
         Exchanged((*OF_DEEP_IN_TURN, "te-fp8-blocks.experts"), ONE_BY_ONE, False, True),
         Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True, shared=True),

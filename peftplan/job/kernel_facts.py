@@ -200,6 +200,12 @@ class Remade(NamedTuple):
     source: str
 
 
+class CompiledAttention(NamedTuple):
+    """Attention that torch compiles whole, from its input to its result."""
+
+    source: str
+
+
 class Scales(NamedTuple):
     """One for so many numbers of a row, or of a column."""
 
@@ -244,6 +250,7 @@ Part: TypeAlias = (
     | Balanced
     | ByOperation
     | Remade
+    | CompiledAttention
     | Projections
 )
 Kernel: TypeAlias = Part | Norm | Rotary | Gated | Lora | LayerNorms

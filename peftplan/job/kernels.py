@@ -16,6 +16,7 @@ from peftplan.job.kernel_facts import (
     Balanced,
     ByOperation,
     Checkpoint,
+    CompiledAttention,
     CompiledLayers,
     Decoder,
     Documents,
@@ -128,6 +129,9 @@ KERNELS: dict[str, Kernel] = {
         "nemo_automodel 0.7.0, components/_peft/lora.py (`LinearLoRA.forward` without `use_memory_efficient_lora`)"
     ),
     "torch-compile.residual": Remade("nemo_automodel 0.7.0, components/distributed/parallelizer.py (`_apply_per_layer_compile`)"),
+    "torch-compile-attn.self_attention": CompiledAttention(
+        "nemo_automodel 0.7.0, components/models/qwen3_moe/layers.py (`Qwen3MoEAttention`) with `compile_attn`"
+    ),
     "torchao.fake_quant": FakeQuantized("torchao, quantization/qat/linear.py (`Int8DynActInt4WeightQATLinear`)", group=256),
     "torchao-int4.fake_quant": FakeQuantized(
         "torchao, quantization/qat/fake_quantizer.py (`Int4WeightFakeQuantizer`), as axolotl 0.19.0 configures it",
@@ -174,9 +178,11 @@ OF_EXPERTS = (
 )
 BY_OPERATION = "torch-lora.adapters"
 OF_COMPILED = "torch-compile.residual"
+OF_COMPILED_ATTENTION = "torch-compile-attn.self_attention"
 OF_QUACK = ("quack.rms_norm", "quack.rope")
 OF_AUTOMODEL = (
     *(*FLOAT8, *DOCUMENTS, *OF_EXPERTS, "torch-norm.rms_norm", "te-norm.rms_norm", *OF_QUACK, BY_OPERATION, OF_COMPILED),
+    OF_COMPILED_ATTENTION,
 )
 """Kernels of NeMo Automodel's recipe, and of no other trainer."""
 
@@ -209,6 +215,7 @@ class Kernels(NamedTuple):
     experts: Projections | None = None
     adapters: ByOperation | None = None
     residual: Remade | None = None
+    self_attention: CompiledAttention | None = None
 
     @property
     def sets_up_allocator(self) -> bool:
@@ -308,6 +315,7 @@ OF_PACKAGE = {
     ),
     "torch-norm": ("llama", "qwen2", *WITH_FAKE_GATE),
     **dict.fromkeys(("torch-lora", "torch-compile"), ("llama", "qwen2")),
+    "torch-compile-attn": ("qwen3_moe",),
     "quack": ("llama", "qwen2", "qwen3_moe"),
     "quack-linear": ("qwen3_moe",),
     "te-norm": WITH_FAKE_GATE,

@@ -75,9 +75,13 @@ def _pad_backward(f: Tape, node: Node, saved: tuple[Dims], g: Tensor) -> Tensor:
 
 
 def _flash_backward(f: Tape, node: Node, saved: Sequence[Tensor], g: Tensor) -> Gradients:
-    q, k = saved[:2]
+    return flash_gradients(f, saved[0], saved[1], copies_output=bool(saved[3]))
+
+
+def flash_gradients(f: Tape, q: Tensor, k: Tensor, *, copies_output: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values; those of keys and values are expanded to all heads first."""
     b, a, s, d = q.dims
-    copied = f.new((b, s, a, d), q.dtype, "out, copied") if saved[3] else None
+    copied = f.new((b, s, a, d), q.dtype, "out, copied") if copies_output else None
     keys = (b, k.dims[2], k.dims[1], d)
     rounded = padded(s, FLASH_BLOCK)
     dq = f.new((b, s, a, d), q.dtype, "dq")

@@ -67,6 +67,8 @@ class ModelState(Weights):
     """Keys and values that layers hand on beside their result, up to the end of backward."""
     dispatcher: list[Tensor] = field(default_factory=list)
     """What the dispatcher of all layers' experts holds of the latest exchange, and with it that layer's graph."""
+    compiled: list[Tensor] = field(default_factory=list)
+    """What attention that torch compiled keeps of the layer that runs, which a graph that the dispatcher holds keeps too."""
     scales: fake_quantized.Scales = field(default_factory=dict)
     """Scales that fake-quantized layers keep until their next forward."""
     on_host: list[tuple[Dims, str, int]] = field(default_factory=list)

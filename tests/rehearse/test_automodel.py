@@ -157,6 +157,7 @@ IN_TURN = {
     ("qwen3-30b-a3b", 4, 2): 3.2,
     ("qwen3-30b-a3b", 12, 4): 1.4,
     ("qwen3-30b-a3b", 3, 4): 0.46,
+    ("qwen3-30b-a3b", 5, 2): 1.0,
     ("qwen3-30b-a3b", 8, 4): 1.4,
     ("moonlight-16b-a3b", 4, 2): 1.2,
     ("moonlight-16b-a3b", 5, 4): 0.11,
@@ -176,6 +177,9 @@ copies of weights that the allocator leaves unsplit, in `step` too. With MXFP8 1
 four ranks; `step` is 31 to 708 MB too high, as much as the inputs in 8 bits of a layer that is computed again, which are freed
 earlier."""
 
+STEP_BESIDE_COMPILED_ATTENTION = 0.18
+"""Per cent of `step`: 6.5 MB of three layers, of blocks that the allocator leaves unsplit; what is alive at the job's peak is
+within 0.1 MB."""
 FREED_BY_LATER_BACKWARDS = 6.5
 """Per cent of backward with LoRA where layers are freed after forward: `enable_fsdp_optimizations` leaves the head gathered in
 the backward of each micro batch but the last, whose peak is 358 MB higher than here, and 34 % below that in forward."""
@@ -248,6 +252,7 @@ def test_formulas_hold_what_the_recipe_holds(row: dict[str, Any]) -> None:
     most = {"allocated": ALLOCATED_IN_TURN, "reserved": IN_TURN.get(key, 0.1)} if in_turn else most
     for name in {*row["options"].get("kernels", "").split(",")} & OF_ENGINE_IN_8_BITS.keys():
         most["allocated"], loose = OF_ENGINE_IN_8_BITS[name]
+    loose = STEP_BESIDE_COMPILED_ATTENTION if "torch-compile-attn" in row["options"].get("kernels", "") else loose
     most = IN_8_BITS if "torchao-float8" in row["options"].get("kernels", "") else most
     assert all(abs(drift) <= most[what] for what, drift in drifts.items()), drifts
     phases = {phase: kept for phase, kept in phases.items() if (row["model"], phase) != ("deepseek-v3", "load")}
@@ -812,6 +817,7 @@ BY_LORA: dict[str, Any] = {
     "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
 }
 OF_QWEN: dict[str, Any] = {"model": "qwen3-30b-a3b", "kernels": "deepep,te-linear", "loss": "cut-apart"}
+BY_COMPILED = {"kernels": "torch-norm,torch-compile-attn,hybridep,te-experts,balanced", "optim": "adam_one_by_one"}
 BY_QUACK = {"kernels": "quack.rms_norm,deepep,quack-linear,balanced"}
 OF_DEEPSEEK: dict[str, Any] = {"model": "deepseek-v3", "kernels": "te-norm,hybridep,te-linear,te-mxfp8,balanced"} | {
     "gpus": 64,
@@ -846,6 +852,12 @@ OF_STAGES: dict[str, Any] = {"model": "minimax-m2.5", "kernels": "te-norm,hybrid
         (OF_DEEPSEEK, True),
         (OF_DEEPSEEK | {"gradient_accumulation_steps": 2}, False),
         (OF_DEEPSEEK | {"gradient_checkpointing": False}, False),
+        (BY_COMPILED, True),
+        (BY_COMPILED | {"gradient_checkpointing": False}, False),
+        (BY_COMPILED | {"kernels": "torch-norm,hybridep,te-experts,balanced"}, False),
+        (BY_COMPILED | {"kernels": "torch-norm,torch-compile-attn,balanced"}, False),
+        (BY_COMPILED | {"gpus": 16}, False),
+        (BY_COMPILED | {"model": "moonlight-16b-a3b"}, False),
         (BY_QUACK, True),
         (BY_QUACK | {"gradient_checkpointing": False}, False),
         (BY_QUACK | {"kernels": "quack.rms_norm,deepep,te-linear,balanced"}, False),

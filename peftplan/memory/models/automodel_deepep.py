@@ -21,6 +21,7 @@ from peftplan.memory.models.automodel import opaque_rms
 from peftplan.memory.models.automodel_adapted import adapted, adapters
 from peftplan.memory.models.automodel_balanced import gate_in_turn
 from peftplan.memory.models.automodel_chunks import in_chunks
+from peftplan.memory.models.automodel_compiled import compiled_attention
 from peftplan.memory.models.automodel_ep import activated as activated_alone
 from peftplan.memory.models.automodel_ep import attention as attention_of_torch
 from peftplan.memory.models.automodel_ep import divided, gated, rows_of, turned, weighted
@@ -80,7 +81,9 @@ def qwen3_moe(model: Model) -> Tensor:
     if exchange is None:
         gathers = partial(mixture, divided=in_a_loop)
         return of_heads(model, HEADS._replace(attention=attention_of_torch, mixture=gathers, by_head=True))
-    return of_heads(model, HEADS._replace(mixture=partial(mixture, divided=over_hybrid_ep)) if exchange.hybrid else HEADS)
+    if model.running.kernels.self_attention is not None:
+        return of_heads(model, OVER_HYBRID._replace(attention=compiled_attention))
+    return of_heads(model, OVER_HYBRID if exchange.hybrid else HEADS)
 
 
 def minimax_m2(model: Model) -> Tensor:
@@ -269,6 +272,7 @@ def glm4_moe(model: Model) -> Tensor:
 
 
 HEADS = Style(norm=opaque_rms, layer=layer)
+OVER_HYBRID = HEADS._replace(mixture=partial(mixture, divided=over_hybrid_ep))
 LATENT = Style(norm=opaque_rms, layer=layer, attention=latent_attention)
 SPARSE = LATENT._replace(mixture=partial(shared_mixture, after=False, divided=over_hybrid_ep))
 FORWARDS: dict[str, Callable[[Model], Tensor]] = {

@@ -46,7 +46,7 @@ def experts(
     chosen, probabilities = dispatched(f, x, of_all, layout, rows)
     if isinstance(chosen.node, Node):
         chosen.node.context = layout
-    c.model.dispatcher[:] = [probabilities]
+    c.model.dispatcher[:] = [probabilities, *c.model.compiled]
     del masked, of_all
     if pads(c):
         chosen, probabilities = (te_float8.padded(f, y) for y in (chosen, probabilities))

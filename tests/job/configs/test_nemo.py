@@ -743,6 +743,8 @@ def test_balanced_routing_has_no_weights(model: str, trainable: int) -> None:
 
 
 NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
+COMPILED_ATTENTION = {"attn": "sdpa", "linear": "torch", "rms_norm": "torch", "rope_fusion": False, "compile_attn": True}
+COMPILED_ATTENTION |= {"experts": "te", "dispatcher": "hybridep"}
 
 
 @pytest.mark.parametrize(
@@ -758,6 +760,9 @@ NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
             "te-norm,hybridep,te-linear,te-mxfp8,balanced",
             set(),
         ),
+        (COMPILED_ATTENTION, "torch-norm,torch-compile-attn,hybridep,te-experts,balanced", set()),
+        (COMPILED_ATTENTION | {"rope_fusion": True}, None, {"model.backend.compile_attn"}),
+        (COMPILED_ATTENTION | {"experts": "torch_mm"}, None, {"model.backend.compile_attn"}),
         ({"model": NANO}, "te-norm,mamba-ssm,deepep,te-linear,balanced", set()),
         ({"model": NANO, "dispatcher": "hybridep"}, "te-norm,mamba-ssm,hybridep,te-linear,balanced", set()),
         ({"model": NANO, "rms_norm": "torch_fp32"}, None, {"model.backend.linear"}),
