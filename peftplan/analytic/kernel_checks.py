@@ -9,6 +9,7 @@ from peftplan.dtypes import ITEMSIZE
 from peftplan.job import loss_sizes
 from peftplan.job.automodel import builds
 from peftplan.job.compiled_layers import recorded
+from peftplan.job.exchanges import fits_blocks
 from peftplan.job.kernel_facts import Lora
 from peftplan.job.kernels import IN_INT4, IN_MXFP4, KERNELS, OF_TORCHTUNE, kernels_of, without_formula
 from peftplan.job.repositories import OVER_PACKED
@@ -94,6 +95,8 @@ def kernels_without_formula(job: Job) -> str | None:
         return "layers fake-quantized in MXFP4 with these options"
     if job.distributed is not None and not _rehearsed_kernels(job, job.distributed):
         return f"kernels with {job.distributed.called}"
+    if not fits_blocks(job):
+        return f"layers in 8 bits of {setup.rows * setup.seq_len:,} tokens, which blocks do not divide"
     if kernels_of(setup.kernels).embedding is not None and kernels_of(setup.kernels).layers is None:
         return "an embedding in host memory without layers that torch compiles"
     if kernels_of(setup.kernels).layers is not None:

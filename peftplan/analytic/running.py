@@ -14,7 +14,7 @@ from peftplan.job.automodel import FEWEST_TOKENS, builds, longest_row, packs_doc
 from peftplan.job.automodel_scans import has_own_code
 from peftplan.job.beside_towers import hands_keys_on
 from peftplan.job.compiled_layers import BLOCK_OF_FLEX, OUTSIDE, keeps_cache, recorded
-from peftplan.job.exchanges import pads
+from peftplan.job.exchanges import fits_blocks, pads
 from peftplan.job.inventory import adapter_dtypes, keeps_on_host
 from peftplan.job.kernels import kernels_in, kernels_of
 from peftplan.job.loss_sizes import CHORD, OF_FUNCTION, LossSizes
@@ -263,7 +263,7 @@ def facts_of(job: Job, compute_capability: str) -> tuple[Fact, ...]:
     setup, loss = job.setup, loss_sizes(job)
     length = loss.row(setup.seq_len) + (getattr(job.config, "num_virtual_tokens", None) or 0)
     facts = shape_facts(setup.rows, length, job.architecture, loss, limits_of(job, compute_capability))
-    return (*facts, loss.uneven(setup.seq_len), pads(job))
+    return (*facts, loss.uneven(setup.seq_len), pads(job), fits_blocks(job))
 
 
 def fused_first(job: Job, chip: Chip | None) -> int | None:

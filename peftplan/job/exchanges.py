@@ -65,6 +65,16 @@ def pads(job: "Job") -> Fact:
     return job.setup.rows * job.setup.seq_len * mlp.num_experts_per_tok % (owned * by_engine.narrow.rows) != 0
 
 
+def fits_blocks(job: "Job") -> Fact:
+    """Whether tokens can be cut into blocks that layers in 8 bits take: else Transformer Engine raises (csrc/quantizer.cpp,
+    `MXFP8Quantizer::get_scale_shape`: "MXFP8 requires tensor dims that are divisible by 32"; pytorch/utils.py,
+    `assert_dim_for_fp8_exec`: by 8 else, of which multiples of 16 were rehearsed)."""
+    by_engine = kernels_of(job.setup.kernels or ()).experts
+    if by_engine is None or by_engine.narrow is None:
+        return True
+    return job.setup.rows * job.setup.seq_len % by_engine.narrow.rows == 0
+
+
 IN_TURN = "balanced.gate"
 MOST_GATHERING = {False: 8, True: 64}
 """Ranks that gathered the tokens of all where these took experts in turn, without and in stages."""

@@ -1,4 +1,4 @@
-"""Options that a library refuses to run on older cards: one row each, with the line that raises; batch sizes that a trainer
+"""Options that a library refuses to run on some cards: one row each, with the line that raises; batch sizes that a trainer
 refuses on any, and dtypes that flash-attn refuses.
 
 Options that are only slower or different there have no row: torch emulates bf16, transformers dequantizes fp8 and mxfp4
@@ -23,8 +23,12 @@ class Requirement(NamedTuple):
     compute_capability: tuple[int, int]
     raises: str
     instead: str
+    before: tuple[int, int] | None = None
+    """The compute capability from which on newer cards are refused too."""
 
 
+IN_8_BITS = "transformer-engine 2.20.2, pytorch/quantization.py"
+BY_EXPERTS = "te-experts in --kernels"
 REQUIREMENTS = (
     Requirement(
         "attn_implementation",
@@ -49,18 +53,44 @@ REQUIREMENTS = (
         'nemo_automodel, components/quantization/fp8.py (`apply_fp8_to_model`): "FP8 is only supported on SM89 or later GPUs"',
         "--kernels none",
     ),
+    Requirement("kernels", ("te-fp8.experts",), (8, 9), f"{IN_8_BITS}, `check_fp8_support`", BY_EXPERTS),
+    Requirement("kernels", ("te-fp8-blocks.experts",), (9, 0), f"{IN_8_BITS}, `check_fp8_block_scaling_support`", BY_EXPERTS),
+    Requirement("kernels", ("te-mxfp8.experts",), (10, 0), f"{IN_8_BITS}, `check_mxfp8_support`", BY_EXPERTS, before=(12, 0)),
 )
 
 
-def unmet(setup: Setup, compute_capability: tuple[int, int]) -> str | None:
-    """Why a job does not run on a card with this compute capability, and what runs instead; None if nothing refuses it."""
+def unmet(setup: Setup, of_card: str | None) -> str | None:
+    """Why a job does not run on a card with this compute capability, and what runs instead; None if nothing refuses it, or the
+    card has none that CUDA knows."""
+    if of_card is None or not of_card[0].isdigit():
+        return None
+    compute_capability = pair(of_card)
     for needs in REQUIREMENTS:
         stated = getattr(setup, needs.option)
         value = next((each for each in (stated if isinstance(stated, tuple) else (stated,)) if each in needs.values), None)
-        if value is not None and compute_capability < needs.compute_capability:
-            oldest, has = (f"{major}.{minor}" for major, minor in (needs.compute_capability, compute_capability))
-            return f"{value} needs compute capability {oldest}, the card has {has} ({needs.raises}); use {needs.instead}"
+        if value is None:
+            continue
+        if compute_capability < needs.compute_capability or (needs.before is not None and compute_capability >= needs.before):
+            limits = [needs.compute_capability, *((needs.before,) if needs.before is not None else ())]
+            accepted = " and less than ".join(dotted(limit) for limit in limits)
+            return f"{value} needs compute capability {accepted}, the card has {of_card} ({needs.raises}); use {needs.instead}"
     return None
+
+
+BLACKWELL = (10, 0)
+ON_HOPPER = ("te-fp8.experts", "te-fp8-blocks.experts")
+
+
+def keeps_one_side(setup: Setup, of_card: str) -> bool:
+    """Whether layers in 8 bits keep other copies on a card than on Hopper: from Blackwell on, products in FP8 read either side of
+    a tensor (transformer-engine 2.20.2, pytorch/tensor/float8_tensor.py:423), and blocks are scaled as in MXFP8
+    (pytorch/module/grouped_linear.py:103)."""
+    return pair(of_card) >= BLACKWELL and any(name in ON_HOPPER for name in setup.kernels or ())
+
+
+def dotted(compute_capability: tuple[int, int]) -> str:
+    """A compute capability as CUDA writes it."""
+    return ".".join(map(str, compute_capability))
 
 
 def accepted_batch(setup: Setup, replicas: int) -> int:

@@ -22,8 +22,8 @@ from peftplan.errors import MissingExtraError
 from peftplan.hardware.context import context_for_verdict
 from peftplan.hardware.gpus import Gpu
 from peftplan.hardware.usable import usable_bytes
-from peftplan.job.requirements import pair, refused_batch, unmet
-from peftplan.planning.verdicts import capability, verdict
+from peftplan.job.requirements import refused_batch, unmet
+from peftplan.planning.verdicts import verdict
 from peftplan.results.verdict import TIGHT
 from peftplan.units import MIB
 
@@ -58,7 +58,7 @@ class Limits(NamedTuple):
         """The limits of a job on a card."""
         usable, context = usable_bytes(card).bytes, context_for_verdict(card).bytes
         room = usable - context
-        why = unmet(sized.first.job.setup, pair(capability(card)))
+        why = unmet(sized.first.job.setup, card.compute_capability)
         return cls(card, usable, context, room, room - int(-(-TIGHT * usable // 1)), why)
 
 

@@ -9,7 +9,7 @@ from peftplan.job.adapting import config_of
 from peftplan.job.inventory import Inventory, inventory, on_each_device, weights_in_vllm
 from peftplan.job.job import Job
 from peftplan.job.prepare import prepared
-from peftplan.job.requirements import pair, refused_batch, unmet
+from peftplan.job.requirements import refused_batch, unmet
 from peftplan.job.resolving import check_length, check_logits_to_keep
 from peftplan.job.setup import AdviceSearch, Engine, parse_setup
 from peftplan.job.tasks import without_loss
@@ -291,7 +291,7 @@ def _estimated(
                 card,
                 standing,
                 *of_card,
-                refused=refused or unmet(setup, pair(capability(card))),
+                refused=refused or unmet(setup, card.compute_capability),
                 skip_unfit=skip_unfit,
                 bound=question.bound,
                 vllm=vllm,

@@ -10,7 +10,7 @@ from peftplan.analytic import worlds
 from peftplan.analytic.engine import analytic_peaks
 from peftplan.hardware.gpus import Gpu, gpus
 from peftplan.job.inventory import Inventory, in_stages
-from peftplan.job.requirements import pair, unmet
+from peftplan.job.requirements import unmet
 from peftplan.job.setup import Setup
 from peftplan.planning.changes import OF_GPUS, Sizes
 from peftplan.planning.verdicts import capability, kernels_on, placed_on, verdict
@@ -87,7 +87,7 @@ def trials(
         for other in _larger_cards(needed, setup, than=card):
             other_kernels = kernels_on(other) != kernels_on(card)
             at_least = int(NEARLY * needed) if other_kernels else needed
-            on_other = verdict(other, at_least, as_here, refused=unmet(setup, pair(capability(other))))
+            on_other = verdict(other, at_least, as_here, refused=unmet(setup, other.compute_capability))
             if other_kernels and on_other.verdict == "fits":
                 on_other = judged(remembered(), [other]).gpus[0]
             if on_other.verdict == "fits":
@@ -101,7 +101,7 @@ def trials(
         roomy=room - math.ceil(TIGHT * on_card.usable_bytes),
         reserved=needed,
         states=remembered().static.by_category().get("optimizer_states", 0),
-        runs_flash_attention=card.vendor != "AMD" and unmet(with_flash, pair(compute_capability)) is None,
+        runs_flash_attention=card.vendor != "AMD" and unmet(with_flash, compute_capability) is None,
         weights=lambda **changes: remembered(**changes).static.by_category()["weights"],
         lasting=lambda **changes: remembered(**changes).static.bytes(),
         sizes=sizes,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from peftplan.distributed.names import MOST_RANKS
 from peftplan.errors import InputError, NoEngineError
 from peftplan.job.kernels import kernels_of
-from peftplan.job.requirements import pair
+from peftplan.job.requirements import keeps_one_side, pair
 from peftplan.job.setup import Setup
 from peftplan.results.peaks import Peaks
 from peftplan.results.verdict import TIGHT, Verdict
@@ -83,7 +83,8 @@ def placed_on(inventory: "Inventory", card: "Gpu | None") -> "Inventory":
     """A job with its tensors on a card, by whose multiprocessors kernels are chosen and size their buffers. Where the card has no
     bf16, Unsloth takes fp16 (unsloth 2026.10.9, models/llama.py, `FastLlamaModel.from_pretrained`).
 
-    Raises NoEngineError where Unsloth dequantizes weights in FP8 in forward too (unsloth 2026.10.9, kernels/fp8.py:1845).
+    Raises NoEngineError where Unsloth dequantizes weights in FP8 in forward too (unsloth 2026.10.9, kernels/fp8.py:1845), and
+    where layers in FP8 keep other copies than on Hopper.
     """
     if card is not None and _takes_fp16(card, inventory.job.setup):
         from peftplan.job.inventory import inventory as inventory_of
@@ -94,6 +95,8 @@ def placed_on(inventory: "Inventory", card: "Gpu | None") -> "Inventory":
     job = inventory.job.on_card(card.multiprocessors if card else None)
     if job.setup.by_unsloth and card is not None and card.compute_capability is not None and _dequantized(card, job.quant):
         raise NoEngineError(f"weights in FP8 on {card.id}, where Unsloth dequantizes them in forward too (no formula yet)")
+    if card is not None and keeps_one_side(inventory.job.setup, capability(card)):
+        raise NoEngineError(f"layers in FP8 on {card.id}, which keep other copies than on Hopper (no formula yet)")
     return inventory if job is inventory.job else inventory._replace(job=job)
 
 

@@ -16,6 +16,7 @@ from peftplan.ledger import Ledger, Line
 from peftplan.planning.verdicts import all_fit, verdict
 from peftplan.results.peaks import PHASES, Peaks
 from tests.cli.run import run
+from tools.rank_grid import cut
 
 ALIVE = Ledger((Line("w", "weights", "uint8", (512,), 1, "by hand"),))
 
@@ -104,6 +105,39 @@ def test_what_a_card_does_otherwise_is_said(gpu: str, options: dict[str, Any], e
     for note in notes:
         if named := re.search(r"--dtype (\w+) --autocast (\w+)", note):
             assert estimate(**job | {"dtype": named[1], "autocast": named[2]}).peaks is not None
+
+
+IN_8_BITS: dict[str, Any] = {
+    "method": "full",
+    "trainer": "automodel",
+    "strategy": "fsdp2",
+    "gpus": 8,
+    "ep_size": 8,
+    "seq_len": 2048,
+    "loss": "full-no-upcast",
+    "optim": "adam_one_by_one",
+}
+
+
+@pytest.mark.parametrize(
+    ("card", "kernels", "verdict", "counted"),
+    [
+        ("h100-80gb", "te-norm,hybridep,te-linear,te-mxfp8,balanced", "does_not_run", True),
+        ("rtx-5090", "te-norm,hybridep,te-linear,te-mxfp8,balanced", "does_not_run", True),
+        ("b200", "te-norm,hybridep,te-linear,te-mxfp8,balanced", "fits", True),
+        ("180GiB", "te-norm,hybridep,te-linear,te-mxfp8,balanced", "fits", True),  # of a card that is not named
+        ("a100-80gb", "te-norm,deepep,te-linear,te-fp8-blocks,balanced", "does_not_run", True),
+        ("h200", "te-norm,deepep,te-linear,te-fp8-blocks,balanced", "fits", True),
+        ("b200", "te-norm,deepep,te-linear,te-fp8-blocks,balanced", "unknown", False),  # scales of MXFP8
+    ],
+)
+def test_transformer_engine_computes_in_8_bits_on_some_cards(card: str, kernels: str, verdict: str, counted: bool) -> None:
+    """transformer-engine 2.20.2, pytorch/quantization.py (`check_mxfp8_support`, `check_fp8_block_scaling_support`)."""
+    model = cut("qwen3-30b-a3b", 3)
+    job = IN_8_BITS | {"model": model, "kernels": kernels, "gradient_checkpointing": "mxfp8" in kernels}
+    result = estimate(**job, gpu=card)
+    assert result.gpus[0].verdict == verdict
+    assert (result.peaks is not None) is counted
 
 
 @pytest.mark.parametrize(

@@ -825,6 +825,10 @@ OF_DEEPSEEK: dict[str, Any] = {"model": "deepseek-v3", "kernels": "te-norm,hybri
     "seq_len": 4096,
     "optim": "adam_one_by_one",
 }
+OVER_DOCUMENTS: dict[str, Any] = {"kernels": "te,hybridep,te-linear,te-mxfp8", "optim": "adam_one_by_one"} | {
+    "loss": "full",
+    "seq_len": 1024,
+}
 IN_BLOCKS: dict[str, Any] = {"kernels": "te-norm,deepep,te-linear,te-fp8-blocks,balanced", "optim": "adam_one_by_one"} | {
     "gradient_checkpointing": False,
     "seq_len": 2048,
@@ -849,6 +853,9 @@ OF_STAGES: dict[str, Any] = {"model": "minimax-m2.5", "kernels": "te-norm,hybrid
         ({"optim": "adam_one_by_one"}, False),
         ({"kernels": "te-norm,hybridep,te-linear,te-mxfp8,balanced", "optim": "adam_one_by_one"}, True),
         ({"kernels": "te-norm,hybridep,te-linear,te-mxfp8,balanced"}, False),
+        (OVER_DOCUMENTS, True),
+        (OVER_DOCUMENTS | {"seq_len": 1000}, False),  # no multiple of 32 tokens, at which Transformer Engine raises
+        (OVER_DOCUMENTS | {"seq_len": 1000, "batch_size": 4}, True),
         (OF_DEEPSEEK, True),
         (OF_DEEPSEEK | {"gradient_accumulation_steps": 2}, False),
         (OF_DEEPSEEK | {"gradient_checkpointing": False}, False),

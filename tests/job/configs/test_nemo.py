@@ -772,6 +772,11 @@ COMPILED_ATTENTION |= {"experts": "te", "dispatcher": "hybridep"}
             set(),
         ),
         ({"experts": "te", "te_fp8": {"recipe": "block"}}, None, {"model.backend.te_fp8.recipe"}),
+        (
+            {"dispatcher": "hybridep", "experts": "te", "te_fp8": {"_target_": "TEFp8Config"}},
+            None,
+            {"model.backend.te_fp8._target_"},
+        ),
         ({"experts": "te", "te_fp8": {"recipe": "current"}, "whole": True}, None, {"model.backend.te_fp8.recipe"}),
         ({"fake_gate_noise": 0.5}, None, {"loss_fn.fp32_upcast", "dataset._target_", "model.backend.fake_balanced_gate"}),
         ({"linear": "quack"}, None, {"model.backend.linear"}),
