@@ -10,10 +10,12 @@ from __future__ import annotations
 from peftplan.job.loss_sizes import OF_PASSAGES
 from peftplan.memory.answers import Renamed
 from peftplan.memory.embedded_pairs import normalized
+from peftplan.memory.fused_attention import number
 from peftplan.memory.loss import plain_cross_entropy
 from peftplan.memory.model import Model
 from peftplan.memory.model_outputs import outputs_of
 from peftplan.tape import ops
+from peftplan.tape.column_sums import BUFFERS, TokenSums
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Node, Tensor
 
@@ -43,6 +45,9 @@ def mean_of_tokens(model: Model, x: Tensor) -> Tensor:
     del seen
     masked = f.new(x.dims, x.dtype, "masked_fill", f.record(_masked_backward, (x,), x.dims, padding))
     total = f.new((rows, width), x.dtype, "sum", f.record(_expanded, (masked,), masked.dims))
+    buffers = [f.new((TokenSums(rows, tokens, number(width), f.card, what),), "fp32", what) for what in BUFFERS]
+    while buffers:
+        buffers.pop()
     del masked, padding
     return ops.scale(f, total)
 

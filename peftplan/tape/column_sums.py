@@ -15,10 +15,9 @@ from collections.abc import Mapping
 from math import prod
 from typing import Literal
 
-from peftplan.arrays import Derived, Size, larger, numel_at, smaller
+from peftplan.arrays import Derived, Size, dim_at, larger, numel_at, smaller
 from peftplan.hardware.processors import Processors
 from peftplan.ledger import Dim
-from peftplan.units import ceil_div
 
 MOST_THREADS = 512
 """Threads of a block, less where each reads several columns (`MAX_NUM_THREADS`)."""
@@ -34,19 +33,20 @@ BUFFERS: tuple[What, ...] = ("partial sums", "counters")
 """Elements of 4 bytes, in the order in which they are allocated; freed in reverse."""
 
 
-def elements(what: What, *, rows: Size, columns: int, card: Processors) -> Size:
-    """Elements of a buffer of a sum over so many rows; 0 where no blocks share columns. `rows` may be an array."""
+def elements(what: What, *, rows: Size, columns: int, card: Processors, matrices: Size = 1) -> Size:
+    """Elements of a buffer of a sum over so many rows of each of the matrices; 0 where no blocks share columns. `rows` and
+    `matrices` may be arrays."""
     vector = next(width for width in (4, 2, 1) if columns % width == 0)  # columns that a thread reads at once
     threads, across = MOST_THREADS // vector, columns // vector
     widest = min(1 << (across.bit_length() - 1), threads)
     height = threads // min(widest, WARP)
     width = min(widest, threads // height)
-    blocks = ceil_div(across, width)
+    blocks = -(-across * matrices // width)
     resident = card.number * (card.threads // (width * height))  # blocks that the card holds
     values = -(-rows // height)  # rows that a thread sums
     fewest, most = VALUES_PER_THREAD
-    sharing = larger(smaller(-(-values // fewest), ceil_div(resident, blocks)), -(-values // most))  # blocks for the same columns
-    buffer = columns * width * vector * sharing if what == "partial sums" else blocks
+    sharing = larger(smaller(-(-values // fewest), -(-resident // blocks)), -(-values // most))  # blocks for the same columns
+    buffer = matrices * columns * width * vector * sharing if what == "partial sums" else blocks
     shared: Size = (values >= most) * (blocks <= resident) * (sharing > 1) * buffer
     return shared
 
@@ -73,6 +73,31 @@ class ColumnSums(Derived):
     def at(self, sizes: Mapping[str, Size]) -> Size:
         """The elements at these sizes, which may be arrays as well as integers."""
         return elements(self.what, rows=numel_at(self.rows, sizes), columns=self.columns, card=self.card)
+
+
+class TokenSums(Derived):
+    """Elements of a buffer of the sums over the tokens of each row."""
+
+    batch: Dim
+    tokens: Dim
+    columns: int
+    card: Processors
+    what: What
+
+    def __new__(cls, batch: Dim, tokens: Dim, columns: int, card: Processors, what: What) -> TokenSums:
+        """The size called by what it counts."""
+        self = super().__new__(cls, f"{what} of {tokens} tokens of {columns}, {batch}")
+        self.batch, self.tokens, self.columns, self.card, self.what = batch, tokens, columns, card, what
+        return self
+
+    def __getnewargs__(self) -> tuple[Dim, Dim, int, Processors, What]:  # type: ignore[override]
+        """What a copy is made of."""
+        return self.batch, self.tokens, self.columns, self.card, self.what
+
+    def at(self, sizes: Mapping[str, Size]) -> Size:
+        """The elements at these sizes, which may be arrays as well as integers."""
+        rows, matrices = dim_at(self.tokens, sizes), dim_at(self.batch, sizes)
+        return elements(self.what, rows=rows, columns=self.columns, card=self.card, matrices=matrices)
 
 
 def column_dims(source: tuple[Dim, ...], kept: tuple[Dim, ...], card: Processors) -> tuple[Dim, ...]:
