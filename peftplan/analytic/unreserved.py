@@ -72,11 +72,6 @@ def _shares_completions(job: Job) -> bool:
     return job.setup.by.shares_rows and job.setup.by.generates
 
 
-def _scores_passages(job: Job) -> bool:
-    """Whether NeMo Automodel scores passages with layers of torch's operations."""
-    return job.setup.by.passages == "with query" and not job.setup.kernels
-
-
 LONGEST_UNHOSTED = 576
 """Tokens of a row with which rehearsals reserved what the replay did."""
 
@@ -175,7 +170,6 @@ UNKNOWN: tuple[tuple[Callable[[Job], bool], str], ...] = (
     (_squares_in_4_bits, "Arcee's activation in 4 bits: a rehearsal of two layers reserved 9 % more than the replay"),
     (_scores_documents, "a cross entropy beside blocks: a rehearsal reserved 14 % less than the replay"),
     (_prepares_delta_rule, "a delta rule behind kbit preparation: a rehearsal of six layers reserved 10 % more than the replay"),
-    (_scores_passages, "a cross-encoder without Liger's kernels: two rehearsals reserved 2.6 % less than the replay"),
     (_restores_masked_tokens, "a loss of masked tokens: a rehearsal of two layers reserved 10 % more than the replay"),
 )
 """Which jobs, and why: what a rehearsal reserved that the replay did not."""

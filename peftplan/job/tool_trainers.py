@@ -67,6 +67,7 @@ AUTOMODEL_CROSS_ENCODER = AUTOMODEL_BI_ENCODER._replace(
     name="automodel-cross-encoder",
     called="NeMo Automodel's cross-encoder recipe",
     passages="with query",
+    holds_outputs=True,
     task="SEQ_CLS",
     num_labels=1,
 )

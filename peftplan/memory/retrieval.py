@@ -70,9 +70,9 @@ def loss_of_passages(model: Model) -> Tensor:
     """The cross entropy of the scores of each query's passages."""
     f, running = model.tape, model.running
     first = outputs_of(model)[1]
-    model.kept.clear()
-    if model.arch.task_type == "SEQ_CLS":
+    if model.arch.task_type == "SEQ_CLS":  # whose outputs, with a cache, live until backward is done
         return plain_cross_entropy(f, ops.scale(f, f.to(first, "fp32")))
+    model.kept.clear()
     f.read_another(Renamed(OF_PASSAGES), several=True)
     model.running, model.pass_name = running._replace(batch_size=running.batch_size * running.passages), "/passages"
     passages = outputs_of(model)[1]

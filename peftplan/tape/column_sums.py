@@ -33,7 +33,7 @@ BUFFERS: tuple[What, ...] = ("partial sums", "counters")
 """Elements of 4 bytes, in the order in which they are allocated; freed in reverse."""
 
 
-def elements(what: What, *, rows: Size, columns: int, card: Processors, matrices: Size = 1) -> Size:
+def elements(what: What, *, rows: Size, columns: int, card: Processors, matrices: Size | int = 1) -> Size:
     """Elements of a buffer of a sum over so many rows of each of the matrices; 0 where no blocks share columns. `rows` and
     `matrices` may be arrays."""
     vector = next(width for width in (4, 2, 1) if columns % width == 0)  # columns that a thread reads at once
