@@ -157,7 +157,6 @@ IN_TURN = {
     ("qwen3-30b-a3b", 4, 2): 3.2,
     ("qwen3-30b-a3b", 12, 4): 1.4,
     ("qwen3-30b-a3b", 3, 4): 0.46,
-    ("qwen3-30b-a3b", 5, 2): 1.0,
     ("qwen3-30b-a3b", 8, 4): 1.4,
     ("moonlight-16b-a3b", 4, 2): 1.2,
     ("moonlight-16b-a3b", 5, 4): 0.11,
@@ -920,6 +919,13 @@ def test_what_of_tokens_that_take_experts_in_turn_was_rehearsed(options: dict[st
     result = peftplan.estimate(**job | {"loss": "full-no-upcast"} | options)
     assert (result.peaks is not None) is known
     assert any("uneven routing" in warning for warning in result.warnings) is ("balanced" not in (job | options)["kernels"])
+
+
+def test_reserved_bytes_are_not_stated_where_torch_compiles_attention() -> None:
+    """Rehearsals of 1,000 tokens reserved 13 % less than the replay, and over 4 GPUs 8 % more."""
+    rows = [row for row in ROWS if "torch-compile-attn" in row["options"].get("kernels", "")]
+    stated = [peftplan.estimate(**options(row)).peaks for row in rows]
+    assert [peaks.reserved for peaks in stated if peaks is not None] == [None] * 4
 
 
 @pytest.mark.parametrize(("ranks", "stated"), [(8, True), (16, False)])
