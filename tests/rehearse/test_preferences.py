@@ -92,8 +92,8 @@ def test_each_trainer_was_rehearsed() -> None:
         f"--trainer {of_axolotl(row).options['trainer']} " for row in read(Path(__file__).with_name("axolotl_strided.jsonl"))
     ]
     jobs += [str(row["job"]) for row in read(Path(__file__).with_name("scored.jsonl"))]
-    beside = read(Path(__file__).with_name("automodel_beside.jsonl"))
-    jobs += [f"--trainer {row['options']['trainer']} " for row in beside]
+    for name in ("automodel_beside.jsonl", "automodel_passages.jsonl"):
+        jobs += [f"--trainer {row['options']['trainer']} " for row in read(Path(__file__).with_name(name))]
     trainers = [trainer.name for trainer in TRAINERS.values() if trainer.of_preferences and not trainer.embeds]
     assert [name for name in trainers if not any(f"--trainer {name} " in job for job in jobs)] == []
 
