@@ -19,7 +19,6 @@ OWN = ("context",)
 HEAD = '''"""The options of `sweep` as types: one value of each, or several. `python -m tools.grid_options` writes this file."""
 
 {imports}
-from peftplan.job.options import OtherWords
 
 T = TypeVar("T")
 Axis: TypeAlias = T | Iterable[T] | str
@@ -40,7 +39,7 @@ def written() -> str:
     fields = {
         node.target.id: ast.unparse(node.annotation).replace("'", '"')
         for record in tree.body
-        if isinstance(record, ast.ClassDef) and record.name != "OtherWords"
+        if isinstance(record, ast.ClassDef)
         for node in record.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id not in OWN
     }

@@ -153,7 +153,7 @@ GPUS: dict[str, str] = {
     "--min-num-params": "FSDP: minimum parameters of a unit with --wrap-policy size",
     "--backward-prefetch": "FSDP1: when the next unit is gathered in backward",
     "--forward-prefetch/--no-forward-prefetch": "FSDP1: gather the next unit early in forward; FSDP2 with "
-    "trainer automodel: layers, also in backward",
+    "trainer automodel: gather layers early, in backward too",
     "--use-orig-params/--no-use-orig-params": "FSDP1: the optimizer steps over views of the flat parameters",
     "--cpu-ram-efficient-loading/--no-cpu-ram-efficient-loading": "only rank 0 loads the model; the others get shards",
     "--sync-each-batch/--no-sync-each-batch": "reduce gradients in every micro batch",

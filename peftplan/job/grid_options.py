@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, TypeAlias, TypeVar
 
 from peftplan.distributed.names import Place, Prefetch, Schedule, StrategyName, WrapPolicy
-from peftplan.job.options import OtherWords
+from peftplan.job.other_words import OtherWords
 from peftplan.job.script import Script
 from peftplan.job.trainer_words import Autocast, DeviceMap, Loss, TrainerName
 

@@ -72,7 +72,7 @@ def unmet(setup: Setup, of_card: str | None) -> str | None:
             continue
         if compute_capability < needs.compute_capability or (needs.before is not None and compute_capability >= needs.before):
             limits = [needs.compute_capability, *((needs.before,) if needs.before is not None else ())]
-            accepted = " and less than ".join(dotted(limit) for limit in limits)
+            accepted = " and below ".join(dotted(limit) for limit in limits)
             return f"{value} needs compute capability {accepted}, the card has {of_card} ({needs.raises}); use {needs.instead}"
     return None
 

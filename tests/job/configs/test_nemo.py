@@ -777,6 +777,11 @@ COMPILED_ATTENTION |= {"experts": "te", "dispatcher": "hybridep"}
             None,
             {"model.backend.te_fp8._target_"},
         ),
+        (
+            {"dispatcher": "hybridep", "experts": "te", "te_fp8": {}},
+            "te-norm,hybridep,te-linear,te-experts,balanced",
+            {"model.backend.te_fp8"},
+        ),
         ({"experts": "te", "te_fp8": {"recipe": "current"}, "whole": True}, None, {"model.backend.te_fp8.recipe"}),
         ({"fake_gate_noise": 0.5}, None, {"loss_fn.fp32_upcast", "dataset._target_", "model.backend.fake_balanced_gate"}),
         ({"linear": "quack"}, None, {"model.backend.linear"}),
