@@ -10,7 +10,7 @@ import copy
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -111,8 +111,16 @@ def unknown_fields(peft_config: Mapping[str, Any]) -> list[str]:
 
 
 def _known_fields(peft_config: Mapping[str, Any]) -> list[str]:
+    return list(field_defaults(str(peft_config["peft_type"])))
+
+
+def field_defaults(peft_type: str) -> dict[str, object]:
+    """The fields of a peft type in the installed peft, with their defaults. Raises MissingExtraError without peft."""
     peft = _peft()
-    return [field.name for field in fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_config["peft_type"])])]
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(peft_type)]
+    return {
+        field.name: field.default_factory() if field.default_factory is not MISSING else field.default for field in fields(config)
+    }
 
 
 def wrapped_task(model: Any, task_type: str | None) -> str | None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from peftplan.hardware.gpus import Gpu
     from peftplan.planning.practice import Practice
 
+REQUIRED = object()
+"""Stands for the default of a field that has none."""
+
 
 def models(entries: Sequence[ModelEntry], *, fmt: str) -> None:
     """The catalogue: name, parameters, model type, id."""
@@ -35,19 +38,30 @@ def methods(*, fmt: str) -> None:
 
 
 def method(name: str, *, fmt: str) -> None:
-    """One method's fields with their defaults."""
-    from peftplan.methods import config_class, method_named
+    """One method's fields with their defaults, those of a method without formulas as the installed peft has them."""
+    from peftplan.methods import BOOKKEEPING, config_class, method_named, other_peft_type
 
-    entry = method_named(name, "name")
-    config = config_class(entry)
+    defaults: dict[str, object]
+    if peft_type := other_peft_type(name):
+        from peftplan.libraries.count import field_defaults
+
+        defaults = {key: value for key, value in field_defaults(peft_type).items() if key not in BOOKKEEPING}
+        title, ignored = f"{peft_type.lower().replace('_', '-')}: counted by the installed peft", None
+    else:
+        entry = method_named(name, "name")
+        config = config_class(entry)
+        defaults = {
+            key: REQUIRED if field.is_required() else entry.defaults.get(key, field.get_default(call_default_factory=True))
+            for key, field in config.model_fields.items()
+        }
+        title = f"{entry.name}: {entry.summary} ({entry.source})"
+        ignored = f"accepted, without effect on memory: {', '.join(sorted(config.no_effect))}" if config.no_effect else None
     cells, facts = [], []
-    for key, field in config.model_fields.items():
-        required = field.is_required()
-        default = None if required else plain(entry.defaults.get(key, field.get_default(call_default_factory=True)))
+    for key, value in defaults.items():
+        required = value is REQUIRED
+        default = None if required else plain(value)
         cells.append((key, "required" if required else None if default in (None, {}, []) else str(default)))
         facts.append({"field": key, "required": required, "default": default})
-    title = f"{entry.name}: {entry.summary} ({entry.source})"
-    ignored = f"accepted, without effect on memory: {', '.join(sorted(config.no_effect))}" if config.no_effect else None
     rows((Column("field"), Column("default")), cells, facts, fmt=fmt, above=title, below=ignored)
 
 

@@ -8,6 +8,8 @@ import json
 
 import pytest
 
+from peftplan.libraries.count import field_defaults
+from peftplan.methods import BOOKKEEPING, OTHER_PEFT_TYPES
 from peftplan.report import markdown, terminal
 from peftplan.report.tabular import Column, assumption_rows, texts, write_csv
 from peftplan.report.writing import as_json
@@ -141,6 +143,14 @@ def test_a_method_shows_what_is_required_and_what_does_nothing() -> None:
     assert "num_virtual_tokens" in shown
     assert "required" in shown
     assert "without effect on memory" in run("methods", "lora").out
+
+
+def test_a_method_without_formulas_shows_the_fields_of_the_installed_peft() -> None:
+    """Each has a name of `peftplan methods`, which said that it was not valid."""
+    for name in OTHER_PEFT_TYPES:
+        rows = json.loads(run("methods", name.lower(), "--format", "json").out)
+        assert {row["field"] for row in rows} == set(field_defaults(name)) - BOOKKEEPING
+    assert {"field": "r", "required": False, "default": 8} in json.loads(run("methods", "hra", "--format", "json").out)
 
 
 def test_json_escapes_what_no_terminal_shows(capsys: pytest.CaptureFixture[str]) -> None:
