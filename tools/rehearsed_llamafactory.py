@@ -2,8 +2,8 @@
 
     python -m tools.rehearsed_llamafactory FILE     runs the jobs of FILE that hold nothing yet
 
-FILE holds a row of JSON per job: `values` of the config, how many `layers` of the model run, and `gpus` if more than one. Rows
-are as long as `cutoff_len` says; with `do_eval` the program ends itself. Needs llamafactory 0.9.5, the package of the optimizer
+FILE holds a row of JSON per job: `values` of the config, how many `layers` of the model run, `gpus` if more than one, and the
+`quantization_config` of the repository's config.json. Rows are as long as `cutoff_len` says; with `do_eval` the program ends itself. Needs llamafactory 0.9.5, the package of the optimizer
 that a config names, and the CUDA build of torch.
 """
 
@@ -20,10 +20,11 @@ import yaml
 from peftplan.datafiles import load
 from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.read import read_values
+from peftplan.job.repositories import copied_model
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
 from tools.rank_grid import cut
-from tools.rehearsed_recipes import complete, kept_of
+from tools.rehearsed_recipes import WITHOUT_NVCC, complete, kept_of
 
 ROWS = 64
 SHARED: dict[str, Any] = {
@@ -54,14 +55,16 @@ def _launch_file(path: str) -> dict[str, Any]:
 def options(row: dict[str, Any]) -> dict[str, Any]:
     """The job as `peftplan.estimate` takes it: what was read, over the first layers of the model."""
     ranks = {"gpus": row["gpus"]} if "gpus" in row else {}
-    return {"model": cut(row["values"]["model_name_or_path"], row["layers"]), **plan(row).options, **ranks}
+    return {"model": cut(plan(row).model, row["layers"]), **plan(row).options, **ranks}
 
 
 def run(row: dict[str, Any]) -> dict[str, Any]:
     """The row with what the tool held."""
     values = row["values"]
     with TemporaryDirectory() as folder, TemporaryDirectory() as output:
-        standins.write_repository(Path(folder), {**cut(values["model_name_or_path"], row["layers"]), "dtype": "bfloat16"})
+        config = cut(copied_model(values["model_name_or_path"]) or values["model_name_or_path"], row["layers"])
+        packed = {"quantization_config": row["quantization_config"]} if "quantization_config" in row else {}
+        standins.write_repository(Path(folder), {**config, "dtype": "bfloat16", **packed})
         described: dict[str, Any]
         answer, described = "g" * 8 * values["cutoff_len"], {"file_name": "rows.json"}
         text = {"instruction": "a", "input": "", "output": answer}
@@ -76,7 +79,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
             Path(places["deepspeed"]).write_text(json.dumps(_launch_file(values["deepspeed"])), encoding="utf-8")
         file = Path(output, "config.yaml")
         file.write_text(yaml.safe_dump(SHARED | values | places), encoding="utf-8")
-        command = [sys.executable, "-c", PROGRAM, str(file)]
+        command = [sys.executable, "-c", (WITHOUT_NVCC if packed else "") + PROGRAM, str(file)]
         whole = bool(values.get("do_eval"))  # it evaluates behind the last step
         result = rehearse(
             command,

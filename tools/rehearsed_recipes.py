@@ -29,6 +29,8 @@ from peftplan.results.rehearsal import Rehearsal
 
 IGNORED = -100
 ROWS = 64
+WITHOUT_NVCC = "from gptqmodel.utils.cpp import TorchOpsJitExtension; TorchOpsJitExtension.load = lambda self: False; "
+"""Before a program of a tool: gptqmodel compiles no kernel for the machine."""
 
 
 class Tokenizer:

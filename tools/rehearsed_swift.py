@@ -3,7 +3,7 @@
     python -m tools.rehearsed_swift FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `values`, the arguments, how many `layers` of the model run, `gpus` if more than one, `program`
-if not `swift sft`, the `environment` besides, and the release of `deepspeed` if it is not `RELEASE`. Rows are as long as
+if not `swift sft`, the `environment` besides, the `quantization_config` of the repository's config.json, and the release of `deepspeed` if it is not `RELEASE`. Rows are as long as
 `max_length` says, or have `tokens` where a tokenizer joins letters of prompts. Each token is scored, or so many as are `labelled`
 (Qwen 3.5's template adds empty thoughts without labels). GRPO's completions were written elsewhere. Needs ms-swift 4.6.0 and the
 CUDA build of torch.
@@ -22,11 +22,12 @@ from unittest.mock import patch
 
 from peftplan.job.configs.plan import ConfigPlan
 from peftplan.job.configs.read import read_values
+from peftplan.job.repositories import copied_model
 from peftplan.rehearse import rehearse
 from peftplan.rehearse.inside import standins
 from peftplan.versions import FSDP2_KEEPS_LAST_LOADED
 from tools.rank_grid import cut
-from tools.rehearsed_recipes import complete, kept_of
+from tools.rehearsed_recipes import WITHOUT_NVCC, complete, kept_of
 
 ROWS = 64
 RELEASE = "0.19.8"
@@ -84,7 +85,7 @@ def plan(row: dict[str, Any]) -> ConfigPlan:
 def options(row: dict[str, Any]) -> dict[str, Any]:
     """The job as `peftplan.estimate` takes it: what was read, over the first layers of the model."""
     values, layers = row["values"], row["layers"]
-    read = {"model": cut(values["model"], layers), **plan(row).options}
+    read = {"model": cut(plan(row).model, layers), **plan(row).options}
     read |= {"seq_len": row["tokens"]} if "tokens" in row else {}
     read |= {"logits_to_keep": row["labelled"]} if "labelled" in row else {}
     read |= {"accelerate": FSDP2_KEEPS_LAST_LOADED.before} if read.get("strategy") == "fsdp2" else {}  # rows ran with it
@@ -139,7 +140,9 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     with TemporaryDirectory() as folder, TemporaryDirectory() as teacher, TemporaryDirectory() as output:
         for name, part in (("model", folder), ("teacher_model", teacher)):
             if name in row["values"]:
-                standins.write_repository(Path(part), {**cut(row["values"][name], row["layers"]), "dtype": "bfloat16"})
+                config = cut(copied_model(row["values"][name]) or row["values"][name], row["layers"])
+                packed = {"quantization_config": row["quantization_config"]} if "quantization_config" in row else {}
+                standins.write_repository(Path(part), {**config, "dtype": "bfloat16", **packed})
         if "reward_model" in row["values"]:
             scores = {**cut(row["values"]["reward_model"], row["layers"]), "num_labels": 1, "dtype": "bfloat16"}
             Path(output, "reward").mkdir()
@@ -159,6 +162,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         with_unsloth = WITH_UNSLOTH if row["values"].get("tuner_backend") == "unsloth" else ""
         code = (
             with_unsloth
+            + (WITHOUT_NVCC if "quantization_config" in row else "")
             + with_flash
             + with_server
             + of_gkd

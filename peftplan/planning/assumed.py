@@ -155,7 +155,7 @@ def _load_notes(job: Job) -> Iterator[str]:
         yield (
             f"{job.quant.name} is counted with kernels that can train: load it with backend auto_trainable "
             f"({'GPTQConfig' if job.quant.name == 'gptq' else 'AwqConfig'}), since transformers' default raises an error in "
-            "training, and name target_modules, since peft's all-linear finds no packed layer"
+            "training; with peft alone, name target_modules too, since its all-linear finds no packed layer"
         )
         if job.setup.device_map == "none" and not job.setup.by.loads_on_device:
             yield "without a device_map, gptqmodel picks kernels for the CPU, which hold other bytes while the model loads"

@@ -11,7 +11,7 @@ from peftplan.dtypes import AS_LOADED, OF_CHECKPOINT
 from peftplan.job.configs.documents import FileError
 from peftplan.job.configs.facts import Facts, facts
 from peftplan.job.configs.launch_files import OUTSIDE, in_tree
-from peftplan.job.configs.plan import Effect, Unsupported
+from peftplan.job.configs.plan import Effect, Refused, Unsupported
 from peftplan.job.repositories import LAYERS_IN_16_BITS, PACKED, by_name, copied_model, stored
 from peftplan.job.sources import checkpoint_dtype, load_config
 from peftplan.versions import DTYPE_OF_CHECKPOINT
@@ -22,10 +22,13 @@ QUANTIZED_OTHERWISE = (
 )
 UNTRAINED = (
     f"{release('gptqmodel')} raises NotImplementedError: transformers asks it for the fastest kernels, Marlin's, which do not "
-    "train (nn_modules/qlinear/__init__.py:569; without nvcc ModuleNotFoundError, marlin.py:345); a program that loads with "
-    "backend auto_trainable has a peak"
+    "train (nn_modules/qlinear/__init__.py:569; without nvcc ModuleNotFoundError, marlin.py:345)"
 )
 """No tool that is read here passes a backend on to `GPTQConfig` or `AwqConfig`."""
+TRAINABLE = {"backend in the quantization_config of the repository's config.json": "auto_trainable"}
+"""The change with which it trains: transformers takes the backend from there (utils/quantization_config.py, GPTQConfig, AwqConfig)."""
+WITH_A_BACKEND = ("llamafactory", "swift")
+"""Tools that were rehearsed with a repository of that change."""
 
 
 def named(text: str, tool: Facts, *, file: str = "") -> tuple[str, str | None]:
@@ -56,7 +59,9 @@ def is_folder(model: str) -> bool:
     return catalogue.find(model) is None and (model.startswith((".", "~", "/")) or model.endswith("/") or model.count("/") > 1)
 
 
-def weights_of(text: str, options: Mapping[str, object]) -> tuple[dict[str, object], str | None, Unsupported | None]:
+def weights_of(
+    text: str, options: Mapping[str, object], tool: str
+) -> tuple[dict[str, object], str | None, Unsupported | Refused | None]:
     """The options of a file whose model is a repository of stored weights, what is assumed of these, and what is not supported.
 
     The repository's storage wins over the file's. Full fine-tuning of quantized weights is what transformers refuses.
@@ -74,7 +79,12 @@ def weights_of(text: str, options: Mapping[str, object]) -> tuple[dict[str, obje
     if skips is not None:
         why, assumed = None, f"{assumed}, but for {', '.join(skips)}"
     effect: Effect = "raises" if why == LAYERS_IN_16_BITS else "unknown"
-    unsupported = None if why is None else Unsupported(text, why, effect, "quant")
+    unsupported: Unsupported | Refused | None = None if why is None else Unsupported(text, why, effect, "quant")
+    if why == UNTRAINED:
+        if tool in WITH_A_BACKEND:
+            unsupported = Refused(text, why, TRAINABLE, "quant")
+        else:
+            unsupported = Unsupported(text, f"{why}; a program that loads with backend auto_trainable has a peak", effect, "quant")
     if not weights.options:
         return dict(options), None, unsupported
     own = {name: value for name, value in options.items() if name not in ("quant", "double_quant", "quant_bits", "compute_dtype")}

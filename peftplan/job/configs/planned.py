@@ -177,10 +177,13 @@ def planned(reading: Reading) -> ConfigPlan:
     model, by_name = named(reading.model, reading.tool, file=reading.file)
     of_weights, unsupported = None, reading.unsupported
     if not reading.tool.in_16_bits:  # Unsloth's own rules say how repositories store their weights
-        options, of_weights, of_repository = weights_of(reading.model, options)
+        options, of_weights, of_repository = weights_of(reading.model, options, reading.tool.tool)
         key = next((key for key, row in reading.read.items() if row.option == "model"), "model")
-        plan = replace(plan, read={name: row for name, row in reading.read.items() if of_repository is None or name != key})
-        unsupported = unsupported | ({} if of_repository is None else {key: of_repository})
+        if isinstance(of_repository, Refused):
+            plan = replace(plan, refused={**plan.refused, key: of_repository})
+        elif of_repository is not None:
+            plan = replace(plan, read={name: row for name, row in reading.read.items() if name != key})
+            unsupported = unsupported | {key: of_repository}
     if reading.kind == "training" and (of_dtype := unknown_dtype(model, options, plan.releases)) is not None:
         key = next((key for key, row in reading.read.items() if row.option == "dtype"), "dtype")
         plan = replace(plan, read={name: row for name, row in plan.read.items() if name != key})
