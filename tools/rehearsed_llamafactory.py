@@ -3,8 +3,8 @@
     python -m tools.rehearsed_llamafactory FILE     runs the jobs of FILE that hold nothing yet
 
 FILE holds a row of JSON per job: `values` of the config, how many `layers` of the model run, `gpus` if more than one, and the
-`quantization_config` of the repository's config.json. Rows are as long as `cutoff_len` says; with `do_eval` the program ends itself. Needs llamafactory 0.9.5, the package of the optimizer
-that a config names, and the CUDA build of torch.
+`quantization_config` of the repository's config.json. Rows are as long as `cutoff_len` says; with `do_eval` the program ends
+itself. Needs llamafactory 0.9.5, the package of the optimizer that a config names, and the CUDA build of torch.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python -m tools.rehearsed_swift FILE     runs the jobs of FILE that hold nothing yet
 
-FILE holds a row of JSON per job: `values`, the arguments, how many `layers` of the model run, `gpus` if more than one, `program`
-if not `swift sft`, the `environment` besides, the `quantization_config` of the repository's config.json, and the release of `deepspeed` if it is not `RELEASE`. Rows are as long as
-`max_length` says, or have `tokens` where a tokenizer joins letters of prompts. Each token is scored, or so many as are `labelled`
-(Qwen 3.5's template adds empty thoughts without labels). GRPO's completions were written elsewhere. Needs ms-swift 4.6.0 and the
-CUDA build of torch.
+FILE holds a row of JSON per job: `values`, the arguments, how many `layers` of the model run, `gpus` if more than one,
+`program` if not `swift sft`, the `environment` besides, the `quantization_config` of the repository's config.json, and the
+release of `deepspeed` if it is not `RELEASE`. Rows are as long as `max_length` says, or have `tokens` where a tokenizer joins
+letters of prompts. Each token is scored, or so many as are `labelled` (Qwen 3.5's template adds empty thoughts without labels).
+GRPO's completions were written elsewhere. Needs ms-swift 4.6.0 and the CUDA build of torch.
 """
 
 from __future__ import annotations

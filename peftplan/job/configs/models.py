@@ -26,7 +26,7 @@ UNTRAINED = (
 )
 """No tool that is read here passes a backend on to `GPTQConfig` or `AwqConfig`."""
 TRAINABLE = {"backend in the quantization_config of the repository's config.json": "auto_trainable"}
-"""The change with which it trains: transformers takes the backend from there (utils/quantization_config.py, GPTQConfig, AwqConfig)."""
+"""The change with which it trains: transformers takes the backend from there (utils/quantization_config.py)."""
 WITH_A_BACKEND = ("llamafactory", "swift")
 """Tools that were rehearsed with a repository of that change."""
 
@@ -84,7 +84,9 @@ def weights_of(
         if tool in WITH_A_BACKEND:
             unsupported = Refused(text, why, TRAINABLE, "quant")
         else:
-            unsupported = Unsupported(text, f"{why}; a program that loads with backend auto_trainable has a peak", effect, "quant")
+            unsupported = Unsupported(
+                text, f"{why}; a program that loads with backend auto_trainable has a peak", effect, "quant"
+            )
     if not weights.options:
         return dict(options), None, unsupported
     own = {name: value for name, value in options.items() if name not in ("quant", "double_quant", "quant_bits", "compute_dtype")}
