@@ -68,6 +68,17 @@ from tests.job.configs.files import AXOLOTL, LLAMAFACTORY, LLAMAFACTORY_V1, SWIF
             "llamafactory",
             {"method": "oft", "oft_block_size": 64, "target_modules": "all-linear"},
         ),
+        (  # 2,862,720 parameters of five layers of Qwen2.5 1.5B trained, those of all linear layers, whatever oft_target was
+            {
+                **LLAMAFACTORY,
+                "finetuning_type": "oft",
+                "oft_target": "q_proj",
+                "lora_target": "v_proj",
+                "additional_target": "lm_head",
+            },
+            "llamafactory",
+            {"method": "oft", "oft_block_size": 32, "target_modules": "v_proj", "modules_to_save": "lm_head"},
+        ),
         # v1: without include_kernels its kernels replace nothing; padding-free rows are one
         (
             LLAMAFACTORY_V1,
