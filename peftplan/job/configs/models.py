@@ -93,8 +93,8 @@ def weights_of(
 
 
 def _with_a_backend(tool: str, options: Mapping[str, object]) -> bool:
-    """Whether a tool was rehearsed with a repository of that change: the peft that LLaMA-Factory takes has no layers for gptqmodel's awq,
-    and keeps other inputs than the formula until backward (0.4 % more without checkpoints)."""
+    """Whether a tool was rehearsed with a repository of that change: the peft that LLaMA-Factory takes has no layers for
+    gptqmodel's awq, and keeps other inputs than the formula until backward (0.4 % more without checkpoints)."""
     checkpointed = bool(options.get("gradient_checkpointing"))
     return tool == "swift" or (tool == "llamafactory" and (checkpointed or options.get("quant") != "awq"))
 
