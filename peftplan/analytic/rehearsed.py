@@ -253,7 +253,7 @@ def _knows_shared_rows(job: Job, distributed: Distributed) -> bool:
             _shares_rows_by_automodel(job, distributed)
             or (is_like_traced(job) and not setup.by.sums_tokens and (distributed.cp_size or 1) <= LONGEST_RING)
         )
-        and job.architecture.model_type in SHARING_ROWS
+        and (job.architecture.model_type in SHARING_ROWS or knows_experts(job))
         and not windows
         and whole
         and job.is_full_or_lora

@@ -161,7 +161,7 @@ def knows_experts(job: Job) -> bool:
     distributed, model_type = job.distributed, job.architecture.model_type
     if distributed is None or distributed.ep_size in (None, 1) or not builds(job) or model_type not in EXCHANGES:
         return False
-    alone = {distributed.tp_size, distributed.cp_size, distributed.dp_shard_size} <= {None, 1}
+    alone = {distributed.tp_size, distributed.dp_shard_size} <= {None, 1}
     plain = _reads_as_rehearsed(job) and _adapts_as_rehearsed(job)
     here = distributed.offload_params in (None, "none")
     mlp = job.architecture.blocks[-1].mlp
@@ -237,6 +237,7 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     apart = ((shown.stages and not shown.whole) or shown.apart) is (distributed.pp_stage_is_unit is False)
     staged = apart and shown.stages is ((distributed.pp_size or 1) > 1)
     staged &= distributed.reshard_after_forward is (True if shown.frees else None)
+    staged &= (distributed.cp_size or 1) == (2 if shown.rings else 1)
     return (
         job.method_name == shown.method and trains and beside and as_often and stepped and owns and aligned and as_long and staged
     )
