@@ -10,7 +10,7 @@ from peftplan.job.automodel_scans import knows_recorded, knows_scan
 from peftplan.job.beside_towers import is_mixture, knows_tower
 from peftplan.job.exchanges import EXCHANGES, IN_TURN, MOST_GATHERING, ONE_BY_ONE, WORST, Exchanged, Rows, alike, pads
 from peftplan.job.further_tokens import OF_QWEN, attends_then_mixes
-from peftplan.job.kernels import BY_OPERATION, SCANNING, kernels_of
+from peftplan.job.kernels import BY_OPERATION, OF_COMPILED_ATTENTION, SCANNING, kernels_of
 from peftplan.job.loss_sizes import CUT_APART, NO_UPCAST, RECEIVED
 from peftplan.optim import OF_AUTOMODEL, parse_optim
 
@@ -188,7 +188,8 @@ OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def _reads_as_rehearsed(job: Job) -> bool:
-    """Whether layers are of a kind that was rehearsed: DeepSeek's without compressed queries, and experts of no groups, of which
+    """Whether layers are of a kind that was rehearsed: DeepSeek's without compressed queries, but with them where torch compiles
+    attention, and experts of no groups, of which
     some are chosen first, but in stages without an exchange, or where tokens take experts in turn, though not over DeepEP
     (a rehearsal held 1.1 % more); GLM-5's with torch's attention over rows of which an indexer chooses every key, or with
     Transformer Engine's where tokens take experts in turn."""
@@ -201,7 +202,8 @@ def _reads_as_rehearsed(job: Job) -> bool:
     grouped = job.architecture.model_type in ("deepseek_v3", "glm_moe_dsa") and router.groups > 1
     grouped = grouped and not (IN_TURN in (setup.kernels or ()) and "deepep.exchange" not in (setup.kernels or ()))
     compressed = grouped and (bool(setup.kernels) or not by_torch or not _in_stages(job))
-    return not compressed
+    compiled = job.architecture.model_type == "deepseek_v3" and OF_COMPILED_ATTENTION in (setup.kernels or ())
+    return not compressed and not (compiled and not any(m.name.endswith(".q_a_proj") for m in job.architecture.modules))
 
 
 def _adapts_as_rehearsed(job: Job) -> bool:

@@ -130,7 +130,8 @@ KERNELS: dict[str, Kernel] = {
     ),
     "torch-compile.residual": Remade("nemo_automodel 0.7.0, components/distributed/parallelizer.py (`_apply_per_layer_compile`)"),
     "torch-compile-attn.self_attention": CompiledAttention(
-        "nemo_automodel 0.7.0, components/models/qwen3_moe/layers.py (`Qwen3MoEAttention`) with `compile_attn`"
+        "nemo_automodel 0.7.0, components/models/qwen3_moe/layers.py (`Qwen3MoEAttention`) and deepseek_v3/layers.py (`MLA`) "
+        "with `compile_attn`"
     ),
     "torchao.fake_quant": FakeQuantized("torchao, quantization/qat/linear.py (`Int8DynActInt4WeightQATLinear`)", group=256),
     "torchao-int4.fake_quant": FakeQuantized(
@@ -315,7 +316,7 @@ OF_PACKAGE = {
     ),
     "torch-norm": ("llama", "qwen2", *WITH_FAKE_GATE),
     **dict.fromkeys(("torch-lora", "torch-compile"), ("llama", "qwen2")),
-    "torch-compile-attn": ("qwen3_moe",),
+    "torch-compile-attn": ("qwen3_moe", "deepseek_v3"),
     "quack": ("llama", "qwen2", "qwen3_moe"),
     "quack-linear": ("qwen3_moe",),
     "te-norm": WITH_FAKE_GATE,

@@ -31,7 +31,8 @@ LSE_MULTIPLE = 32
 """Queries of the memory-efficient logsumexp are padded to it (`kAlignLSE`)."""
 EFFICIENT_BLOCK = 64
 RF_HEAD = 128
-"""Largest head whose output the memory-efficient forward keeps in registers; above, it accumulates in an fp32 buffer."""
+"""Largest head, of queries or values, whose output the memory-efficient forward keeps in registers; above, it accumulates in an
+fp32 buffer (`kMaxK`, `kSingleValueIteration`)."""
 
 
 def padded(dim: Dim, multiple: int) -> Dim:
@@ -122,7 +123,7 @@ def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
     node = f.record(_efficient_backward, (q, k, v, mask), q.detach(), k.detach(), v.detach(), is_view)
     out = f.new((b, s, a, d), q.dtype, "memory-efficient attention", node)
     lse = f.new((b, a, padded(s, LSE_MULTIPLE)), "fp32", "logsumexp")
-    if number(d) > RF_HEAD and q.dtype != "fp32":
+    if max(number(q.dims[3]), number(d)) > RF_HEAD and q.dtype != "fp32":
         accumulator = f.new((b, s, a, d), "fp32", "accumulator")
         del accumulator
     f.keep(node, out.detach(), lse, None if mask is None else mask.detach())
@@ -132,11 +133,19 @@ def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
 def _efficient_backward(f: Tape, node: Node, saved: Efficient, g: Tensor) -> Gradients:
     """A gradient of the mask comes for each sample and head."""
     q, k, v, is_view = saved[:4]
+    dq, dk, dv, of_mask = efficient_gradients(f, q, k, v, g, masked=node.edges[3] is not None, is_view=is_view)
+    return dq, dk, dv, None if of_mask is None else of_mask.view((*q.dims[:3], k.dims[2]))
+
+
+def efficient_gradients(
+    f: Tape, q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, masked: bool = False, is_view: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of queries, keys and values, and of the rows of a mask."""
     b, a, s, d = q.dims
     dq = f.new((b, s, a, d), q.dtype, "dq")
     dk = f.new((b, k.dims[2], a, d), q.dtype, "dk")
     dv = f.new((b, v.dims[2], a, v.dims[3]), q.dtype, "dv")
-    of_mask = f.new((b, a, s, padded(k.dims[2], MASK_GRADIENT_MULTIPLE)), q.dtype, "dmask") if node.edges[3] else None
+    of_mask = f.new((b, a, s, padded(k.dims[2], MASK_GRADIENT_MULTIPLE)), q.dtype, "dmask") if masked else None
     if of_mask is not None and is_view:
         f.view_of(of_mask)
     if q.dtype == "fp32":
@@ -152,7 +161,7 @@ def _efficient_backward(f: Tape, node: Node, saved: Efficient, g: Tensor) -> Gra
             workspace = f.new((b, a, *tiles, EFFICIENT_BLOCK**2 + TILE_HEADER), "fp32", "dq accumulator")
         del workspace
     del delta, g
-    return dq, dk, dv, None if of_mask is None else of_mask.view((b, a, s, k.dims[2]))
+    return dq, dk, dv, of_mask
 
 
 def number(dim: Dim) -> int:

@@ -184,11 +184,17 @@ def apollo(f: Tape, weights: Iterable[tuple[str, Dims, str]], projected: Mapping
 
 
 def one_by_one(f: Tape, trained: list[Parameter]) -> None:
-    """`_single_tensor_adam`: the root of the second moment, and what it becomes by the correction of its bias."""
+    """`_single_tensor_adam`: the root of the second moment, and what it becomes by the correction of its bias, which a name holds
+    until that of the next parameter is there. Matrices of experts follow each other, of which two are stepped over."""
+    _denominator = None
     for p in trained:
         f.module = p.name
-        root, denominator = f.new(p.shape, p.dtype, "sqrt"), f.new(p.shape, p.dtype, "div")
-        del root, denominator
+        for _ in range(2 if ".experts." in p.name and len(p.shape) == 2 else 1):
+            root = f.new(p.shape, p.dtype, "sqrt")
+            latest = f.new(p.shape, p.dtype, "div")
+            del root
+            _denominator = latest
+            del latest
 
 
 LOOPS: dict[str, Callable[[Tape, list[Parameter]], None]] = {

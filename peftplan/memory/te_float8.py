@@ -65,18 +65,19 @@ def _backward(f: Tape, node: Node, saved: tuple[Narrow, Dims, Dims | None, Opera
     return to_x, to_weight, of_bias
 
 
-def grouped(f: Tape, x: Tensor, weight: Operand, width: Dim, *, narrow: Narrow, offsets: Tensor) -> Tensor:
-    """`_GroupedLinear.forward`: keeps the rows of all experts by columns; its weights in 8 bits last (`memory.lasting`)."""
+def grouped(f: Tape, x: Tensor, weight: Operand, width: Dim, *, narrow: Narrow | None, offsets: Tensor) -> Tensor:
+    """`_GroupedLinear.forward`: keeps the rows of all experts once it returns, in 8 bits by columns; its weights in 8 bits last
+    (`memory.lasting`)."""
     node = f.record(_grouped_backward, (x, weight), narrow, x.dims, weight.dims)
-    sides = narrowed(f, x, narrow)
+    sides = None if narrow is None else narrowed(f, x, narrow)
     out = f.new((*x.dims[:-1], width), x.dtype, "grouped linear", node)
     if node is not None:
-        f.keep(node, *sides.columns)
+        f.keep(node, *((x.detach(), offsets) if sides is None else sides.columns))
     return out
 
 
-def _grouped_backward(f: Tape, node: Node, saved: tuple[Narrow, Dims, Dims], g: Tensor) -> Gradients:
-    of_g = narrowed(f, g, saved[0])
+def _grouped_backward(f: Tape, node: Node, saved: tuple[Narrow | None, Dims, Dims], g: Tensor) -> Gradients:
+    of_g = None if saved[0] is None else narrowed(f, g, saved[0])
     to_x, to_weight = f.new(saved[1], g.dtype, "dgrad"), f.new(saved[2], g.dtype, "wgrad")
     del of_g
     return to_x, to_weight

@@ -159,7 +159,7 @@ IN_TURN = {
     ("qwen3-30b-a3b", 3, 4): 0.46,
     ("qwen3-30b-a3b", 8, 4): 1.4,
     ("moonlight-16b-a3b", 4, 2): 1.2,
-    ("moonlight-16b-a3b", 5, 4): 0.11,
+    ("moonlight-16b-a3b", 5, 4): 0.19,
     ("moonlight-16b-a3b", 8, 4): 0.3,
     ("moonlight-16b-a3b", 4, 4): 0.15,
     ("gpt-oss-120b", 4, 1): 1.5,
@@ -168,7 +168,8 @@ IN_TURN = {
 7.7 per cent low, is not compared."""
 ALLOCATED_IN_TURN = 0.15
 """Per cent of allocated bytes there: of GLM-4.7-Flash with LoRA 50 MB, as much as a compressed query; of Moonlight without
-checkpoints 0.11; of the others at most 0.08."""
+checkpoints 0.11; of two mixed layers of DeepSeek-V3 whose attention torch compiles 0.12, 21 MB, of which 18 are tails of blocks
+that the allocator left unsplit, 14 in the rehearsal; of the others at most 0.1."""
 
 OF_ENGINE_IN_8_BITS = {"te-mxfp8": (0.25, 14.3), "te-fp8": (0.23, 1.3), "te-fp8-blocks": (0.09, 0.17)}
 """Transformer Engine's experts in 8 bits → per cent of allocated bytes, and of phases. With current scaling at most 44 MB, of
@@ -868,7 +869,10 @@ OF_STAGES: dict[str, Any] = {"model": "minimax-m2.5", "kernels": "te-norm,hybrid
         (BY_COMPILED | {"kernels": "torch-norm,hybridep,te-experts,balanced"}, False),
         (BY_COMPILED | {"kernels": "torch-norm,torch-compile-attn,balanced"}, False),
         (BY_COMPILED | {"gpus": 16}, False),
-        (BY_COMPILED | {"model": "moonlight-16b-a3b"}, False),
+        (BY_COMPILED | {"model": "moonlight-16b-a3b"}, False),  # queries are not compressed
+        (BY_COMPILED | {"model": "deepseek-v3", "gpus": 64, "ep_size": 64}, True),
+        (BY_COMPILED | {"model": "deepseek-v3", "gpus": 64, "ep_size": 64, "gradient_checkpointing": False}, False),
+        (BY_COMPILED | {"model": "deepseek-v3", "gpus": 64, "ep_size": 64, "gradient_accumulation_steps": 2}, False),
         (BY_QUACK, True),
         (BY_QUACK | {"gradient_checkpointing": False}, False),
         (BY_QUACK | {"kernels": "quack.rms_norm,deepep,te-linear,balanced"}, False),
@@ -930,7 +934,7 @@ def test_reserved_bytes_are_not_stated_where_torch_compiles_attention() -> None:
     """Rehearsals of 1,000 tokens reserved 13 % less than the replay, and over 4 GPUs 8 % more."""
     rows = [row for row in ROWS if "torch-compile-attn" in row["options"].get("kernels", "")]
     stated = [peftplan.estimate(**options(row)).peaks for row in rows]
-    assert [peaks.reserved for peaks in stated if peaks is not None] == [None] * 4
+    assert [peaks.reserved for peaks in stated if peaks is not None] == [None] * 10
 
 
 @pytest.mark.parametrize(("seq_len", "stated"), [(1000, False), (2048, True)])

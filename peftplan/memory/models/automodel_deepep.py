@@ -21,7 +21,7 @@ from peftplan.memory.models.automodel import opaque_rms
 from peftplan.memory.models.automodel_adapted import adapted, adapters
 from peftplan.memory.models.automodel_balanced import gate_in_turn
 from peftplan.memory.models.automodel_chunks import in_chunks
-from peftplan.memory.models.automodel_compiled import compiled_attention
+from peftplan.memory.models.automodel_compiled import compiled_attention, compiled_latent
 from peftplan.memory.models.automodel_ep import activated as activated_alone
 from peftplan.memory.models.automodel_ep import attention as attention_of_torch
 from peftplan.memory.models.automodel_ep import divided, gated, rows_of, turned, weighted
@@ -260,7 +260,8 @@ def deepseek_v3(model: Model) -> Tensor:
     if exchange is None or exchange.hybrid:
         divided = over_hybrid_ep if exchange is not None else in_a_loop if in_turn else partial(of_all_ranks, between=gated)
         style = style._replace(mixture=partial(shared_mixture, after=False, divided=divided))
-    return of_latent(model, style)
+    compiled = model.running.kernels.self_attention is not None
+    return of_latent(model, style._replace(attention=compiled_latent) if compiled else style)
 
 
 def glm4_moe(model: Model) -> Tensor:

@@ -259,8 +259,8 @@ def pads(c: Call) -> bool:
 
 
 def product_of(f: Tape, kernel: Projections | None, offsets: Tensor) -> Callable[[Tensor, Operand, Dim], Tensor]:
-    """The product of experts' rows with their matrices, of Transformer Engine in 8 bits or of torch's kernel."""
-    if kernel is not None and kernel.narrow is not None:
+    """The product of experts' rows with their matrices, of Transformer Engine or of torch's kernel."""
+    if kernel is not None:
         return partial(te_float8.grouped, f, narrow=kernel.narrow, offsets=offsets)
     return partial(grouped, f, kernel=True, bias=None, offsets=offsets)
 

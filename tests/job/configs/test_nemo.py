@@ -745,6 +745,7 @@ def test_balanced_routing_has_no_weights(model: str, trainable: int) -> None:
 NANO = "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16"
 COMPILED_ATTENTION = {"attn": "sdpa", "linear": "torch", "rms_norm": "torch", "rope_fusion": False, "compile_attn": True}
 COMPILED_ATTENTION |= {"experts": "te", "dispatcher": "hybridep"}
+OF_DEEPSEEK = COMPILED_ATTENTION | {"model": "deepseek-ai/DeepSeek-V3"}
 
 
 @pytest.mark.parametrize(
@@ -763,6 +764,9 @@ COMPILED_ATTENTION |= {"experts": "te", "dispatcher": "hybridep"}
         (COMPILED_ATTENTION, "torch-norm,torch-compile-attn,hybridep,te-experts,balanced", set()),
         (COMPILED_ATTENTION | {"rope_fusion": True}, None, {"model.backend.compile_attn"}),
         (COMPILED_ATTENTION | {"experts": "torch_mm"}, None, {"model.backend.compile_attn"}),
+        (OF_DEEPSEEK, "torch-norm,torch-compile-attn,hybridep,te-experts,balanced", set()),
+        (OF_DEEPSEEK | {"experts": "torch_mm"}, "torch-norm,torch-compile-attn,hybridep,balanced", set()),
+        (OF_DEEPSEEK | {"te_fp8": {"recipe": "mxfp8"}}, "torch-norm,torch-compile-attn,hybridep,te-mxfp8,balanced", set()),
         ({"model": NANO}, "te-norm,mamba-ssm,deepep,te-linear,balanced", set()),
         ({"model": NANO, "dispatcher": "hybridep"}, "te-norm,mamba-ssm,hybridep,te-linear,balanced", set()),
         ({"model": NANO, "rms_norm": "torch_fp32"}, None, {"model.backend.linear"}),
