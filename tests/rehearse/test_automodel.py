@@ -168,7 +168,7 @@ IN_TURN = {
 7.7 per cent low, is not compared."""
 ALLOCATED_IN_TURN = 0.15
 """Per cent of allocated bytes there: of GLM-4.7-Flash with LoRA 50 MB, as much as a compressed query; of Moonlight without
-checkpoints 0.11; of two mixed layers of DeepSeek-V3 whose attention torch compiles 0.12, 21 MB, of which 18 are tails of blocks
+checkpoints 0.11; of two mixed layers of DeepSeek-V3 whose attention torch compiles 0.111, 21 MB, of which 18 are tails of blocks
 that the allocator left unsplit, 14 in the rehearsal; of the others at most 0.1."""
 
 OF_ENGINE_IN_8_BITS = {"te-mxfp8": (0.25, 14.3), "te-fp8": (0.23, 1.3), "te-fp8-blocks": (0.09, 0.17)}

@@ -27,6 +27,11 @@ UNTRAINED = (
 """No tool that is read here passes a backend on to `GPTQConfig` or `AwqConfig`."""
 TRAINABLE = {"backend in the quantization_config of the repository's config.json": "auto_trainable"}
 """The change with which it trains: transformers takes the backend from there (utils/quantization_config.py)."""
+WITH_A_BACKEND: Mapping[str, tuple[str, ...]] = {"swift": PACKED, "llamafactory": PACKED}
+"""Tools that were rehearsed with a repository of that change, and its formats."""
+WITHOUT_CHECKPOINTS: Mapping[str, tuple[str, ...]] = {"swift": PACKED, "llamafactory": ("gptq",)}
+"""The same of jobs without checkpoints: the peft that LLaMA-Factory takes has no layers for gptqmodel's awq, and keeps 0.4 % more
+until backward than the formula."""
 
 
 def named(text: str, tool: Facts, *, file: str = "") -> tuple[str, str | None]:
@@ -93,10 +98,9 @@ def weights_of(
 
 
 def _with_a_backend(tool: str, options: Mapping[str, object]) -> bool:
-    """Whether a tool was rehearsed with a repository of that change: the peft that LLaMA-Factory takes has no layers for
-    gptqmodel's awq, and keeps other inputs than the formula until backward (0.4 % more without checkpoints)."""
+    """Whether a tool was rehearsed with a repository of that change."""
     checkpointed = bool(options.get("gradient_checkpointing"))
-    return tool == "swift" or (tool == "llamafactory" and (checkpointed or options.get("quant") != "awq"))
+    return options.get("quant") in (WITH_A_BACKEND if checkpointed else WITHOUT_CHECKPOINTS).get(tool, ())
 
 
 def unknown_dtype(model: str, options: Mapping[str, object], releases: Mapping[str, str]) -> Unsupported | None:

@@ -3,7 +3,7 @@
 Letters: b rows of s tokens, a query heads, g key/value heads, d head size. Source: nemo_automodel 0.7.0,
 components/models/qwen3_moe/layers.py (`Qwen3MoEAttention._forward_impl`) and deepseek_v3/layers.py (`MLA._forward_impl`) under
 `torch.compile(fullgraph=True, dynamic=False)`. Of Qwen 3 inferred from rehearsals (tests/rehearse/automodel.jsonl): what the
-partitioner saves, and the order of the kernels. Of DeepSeek-V3 as torch 2.13 prints it (`TORCH_LOGS=output_code`). Left out:
+partitioner saves, and the order of the kernels. Of DeepSeek-V3 as torch prints it (`TORCH_LOGS=output_code`). Left out:
 sums of the norms' gradients, some numbers for each row, and that a kernel may write over a tensor of just its size.
 """
 
@@ -104,8 +104,8 @@ def compiled_latent(c: Call, x: Tensor) -> Tensor:
         del accumulator
     kept = (low, *of_low, both, *of_latent, out, logsumexp)
     f.keep(node, *kept)
-    held = f.recomputes and bool(c.block.mlp.num_experts)
-    c.model.compiled[:] = [x.detach(), q, k, values, *kept] if held else []
+    beside_experts = f.recomputes and bool(c.block.mlp.num_experts)
+    c.model.compiled[:] = [x.detach(), q, k, values, *kept] if beside_experts else []
     return f.new(x.dims, x.dtype, "mm", node)
 
 

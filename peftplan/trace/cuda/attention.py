@@ -156,7 +156,7 @@ class Efficient(torch.autograd.Function):
         d = v.shape[-1]
         out = q.new_empty(b, s, h, d).transpose(1, 2)
         lse = q.new_empty(b, h, ceil_div(s, LSE_ALIGNMENT) * LSE_ALIGNMENT, dtype=torch.float32)
-        if d > RF_HEAD and q.dtype != torch.float32:
+        if max(q.shape[-1], d) > RF_HEAD and q.dtype != torch.float32:
             accumulator = q.new_empty(b, s, h, d, dtype=torch.float32)
             del accumulator
         ctx.save_for_backward(q, k, v, out, lse, mask)
