@@ -1064,3 +1064,22 @@ def test_the_weight_of_the_balancing_loss_of_gpt_oss(weight: float, known: bool)
     model = NEMO_MODEL | {"pretrained_model_name_or_path": "openai/gpt-oss-20b", "router_aux_loss_coef": weight}
     plan = of_nemo({"strategy": "fsdp2", "ep_size": 8}, model=model)
     assert ("model.router_aux_loss_coef" not in plan.unsupported) is known
+
+
+def test_nemo_trains_the_classifier_beside_an_adapter() -> None:
+    """`*classifier` is unfrozen (recipes/llm/train_seq_cls.py:118): a layer of 1,024 × 1,024, a head of 2 × 1,024, and biases.
+    LoRA of rank 8 is on queries and values of 24 layers."""
+    model = {"pretrained_model_name_or_path": "roberta-large", "num_labels": 2}
+    peft = {"_target_": "nemo_automodel.components._peft.lora.PeftConfig", "target_modules": ["*.query", "*.value"], "dim": 8}
+    plan = of_nemo({"strategy": "fsdp2"}, model=model, peft=peft, recipe="TrainFinetuneRecipeForSequenceClassification")
+    assert plan.model is not None
+    estimate = peftplan.estimate(plan.model, **plan.options)
+    assert estimate.trainable_parameters == 24 * 2 * 8 * 2 * 1_024 + 1_024**2 + 1_024 + 2 * 1_024 + 2
+
+
+@pytest.mark.parametrize(("weight", "known"), [(0.00001, True), (0.0, False)])
+def test_the_weight_of_the_balancing_loss_of_qwen(weight: float, known: bool) -> None:
+    """components/models/qwen3_moe/model.py:150, of the same gate."""
+    model = NEMO_MODEL | {"pretrained_model_name_or_path": "Qwen/Qwen3-30B-A3B-Base", "router_aux_loss_coef": weight}
+    plan = of_nemo({"strategy": "fsdp2", "ep_size": 8}, model=model)
+    assert ("model.router_aux_loss_coef" not in plan.unsupported) is known
