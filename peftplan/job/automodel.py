@@ -188,11 +188,10 @@ OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def _reads_as_rehearsed(job: Job) -> bool:
-    """Whether layers are of a kind that was rehearsed: DeepSeek's without compressed queries, but with them where torch compiles
-    attention, and experts of no groups, of which
-    some are chosen first, but in stages without an exchange, or where tokens take experts in turn, though not over DeepEP
-    (a rehearsal held 1.1 % more); GLM-5's with torch's attention over rows of which an indexer chooses every key, or with
-    Transformer Engine's where tokens take experts in turn."""
+    """Whether layers are of a kind that was rehearsed: DeepSeek's without compressed queries, but with them where torch
+    compiles attention, and experts of no groups, of which some are chosen first, but in stages without an exchange, or where
+    tokens take experts in turn, though not over DeepEP (a rehearsal held 1.1 % more); GLM-5's with torch's attention over
+    rows of which an indexer chooses every key, or with Transformer Engine's where tokens take experts in turn."""
     setup, by_torch = job.setup, job.setup.attn_implementation == "sdpa"
     chosen = job.architecture.blocks[-1].attentions[0].num_chosen_keys if job.architecture.blocks[-1].attentions else None
     by_engine = IN_TURN in (setup.kernels or ())
@@ -239,7 +238,7 @@ def _resembles(job: Job, shown: Exchanged) -> bool:
     apart = ((shown.stages and not shown.whole) or shown.apart) is (distributed.pp_stage_is_unit is False)
     staged = apart and shown.stages is ((distributed.pp_size or 1) > 1)
     staged &= distributed.reshard_after_forward is (True if shown.frees else None)
-    staged &= (distributed.cp_size or 1) == (2 if shown.rings else 1)
+    staged &= (distributed.cp_size or 1) == (2 if shown.shares_rows else 1)
     return (
         job.method_name == shown.method and trains and beside and as_often and stepped and owns and aligned and as_long and staged
     )

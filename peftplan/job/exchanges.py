@@ -38,7 +38,7 @@ class Exchanged(NamedTuple):
     """Whether the loss read the head behind the model of weights in bf16 too."""
     frees: bool = False
     """Whether what is gathered was freed after forward, that of the experts too."""
-    rings: bool = False
+    shares_rows: bool = False
     """Whether two ranks shared the rows of a batch."""
     rows: Rows = "many"
     """How many rows of experts: `few` get their weights, or biases, at once, and `most` of experts with biases run in chunks."""
@@ -144,7 +144,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("uccl.exchange", "te-linear.dense"), ADAMW, True, True, shared=True),
         Exchanged(("deepep.exchange",), ADAMW, True, True),
         Exchanged(("deepep.exchange", "te-linear.dense"), ("flash_adamw", "te_fused_adam"), True, True, cuts=True),
-        Exchanged(("deepep.exchange", "te-linear.dense"), ("flash_adamw",), False, True, rings=True),
+        Exchanged(("deepep.exchange", "te-linear.dense"), ("flash_adamw",), False, True, shares_rows=True),
         Exchanged(("deepep.exchange",), ADAMW, True, False, "lora"),
         Exchanged(OF_DOCUMENTS, ONE_BY_ONE, False, False, "lora"),
         Exchanged(OF_DOCUMENTS, ("flash_adamw",), True, False),
@@ -171,7 +171,7 @@ EXCHANGES: dict[str, tuple[Exchanged, ...]] = {
         Exchanged(("deepep.exchange", "te-linear.dense", "te-experts.experts"), ONE_BY_ONE, False, True),
         Exchanged(OF_DOCUMENTS, ADAMW, False, False),
         Exchanged(("te-norm.rms_norm", "deepep.exchange", "te-linear.dense"), ("flash_adamw", "te_fused_adam"), True, True),
-        Exchanged(("te-norm.rms_norm", "deepep.exchange", "te-linear.dense"), ("flash_adamw",), True, True, rings=True),
+        Exchanged(("te-norm.rms_norm", "deepep.exchange", "te-linear.dense"), ("flash_adamw",), True, True, shares_rows=True),
         Exchanged((), ADAMW, False, True, pretrains=True),
         Exchanged((), ADAMW, False, True, stages=True, whole=True),
     ),

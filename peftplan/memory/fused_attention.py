@@ -107,7 +107,6 @@ def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
     `keys`: how many there are. If they are no multiple of 8, the rows of a mask are padded, in another copy.
     """
     b, a, s, _ = q.dims
-    d = v.dims[3]
     if mask is not None and mask.dtype != q.dtype:
         mask = f.new((b, *mask.dims[1:]), q.dtype, "mask")
     if mask is not None and keys % MASK_MULTIPLE:
@@ -121,13 +120,20 @@ def efficient(f: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, 
         mask = ops.expanded(f, mask, whole)
     is_view = bool(keys % MASK_GRADIENT_MULTIPLE) or not expands  # `sum_to` views a gradient that has the mask's dims
     node = f.record(_efficient_backward, (q, k, v, mask), q.detach(), k.detach(), v.detach(), is_view)
+    out, lse = efficient_output(f, q, v, node)
+    f.keep(node, out.detach(), lse, None if mask is None else mask.detach())
+    return out.view((b, a, s, v.dims[3]))
+
+
+def efficient_output(f: Tape, q: Tensor, v: Tensor, node: Node | None = None) -> tuple[Tensor, Tensor]:
+    """The kernel's output, (b, s, a, d of the values), and its fp32 logsumexp."""
+    b, a, s, d = (*q.dims[:3], v.dims[3])
     out = f.new((b, s, a, d), q.dtype, "memory-efficient attention", node)
     lse = f.new((b, a, padded(s, LSE_MULTIPLE)), "fp32", "logsumexp")
     if max(number(q.dims[3]), number(d)) > RF_HEAD and q.dtype != "fp32":
-        accumulator = f.new((b, s, a, d), "fp32", "accumulator")
+        accumulator = f.new(out.dims, "fp32", "accumulator")
         del accumulator
-    f.keep(node, out.detach(), lse, None if mask is None else mask.detach())
-    return out.view((b, a, s, d))
+    return out, lse
 
 
 def _efficient_backward(f: Tape, node: Node, saved: Efficient, g: Tensor) -> Gradients:

@@ -67,7 +67,7 @@ def _backward(f: Tape, node: Node, saved: tuple[Narrow, Dims, Dims | None, Opera
 
 def grouped(f: Tape, x: Tensor, weight: Operand, width: Dim, *, narrow: Narrow | None, offsets: Tensor) -> Tensor:
     """`_GroupedLinear.forward`: keeps the rows of all experts once it returns, in 8 bits by columns; its weights in 8 bits last
-    (`memory.lasting`)."""
+    (`memory.lasting`). `narrow`: None in 16 bits."""
     node = f.record(_grouped_backward, (x, weight), narrow, x.dims, weight.dims)
     sides = None if narrow is None else narrowed(f, x, narrow)
     out = f.new((*x.dims[:-1], width), x.dtype, "grouped linear", node)

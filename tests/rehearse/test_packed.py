@@ -44,7 +44,7 @@ def test_formulas_hold_what_tools_hold_of_packed_weights(row: dict[str, Any]) ->
     allocated bytes are 0.6 MB, and 0.3 % of reserved ones 19 MB."""
     tool = rehearsed_swift if "model" in row["values"] else rehearsed_llamafactory
     (change,) = tool.plan(row).refusals().values()
-    assert change == "with backend in the quantization_config of the repository's config.json: auto_trainable"
+    assert change == "with quantization_config.backend of the repository's config.json: auto_trainable"
     assert not tool.plan(row).unsupported
     peaks = peftplan.estimate(**tool.options(row)).peaks
     assert peaks is not None

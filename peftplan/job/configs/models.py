@@ -25,7 +25,7 @@ UNTRAINED = (
     "train (nn_modules/qlinear/__init__.py:569; without nvcc ModuleNotFoundError, marlin.py:345)"
 )
 """No tool that is read here passes a backend on to `GPTQConfig` or `AwqConfig`."""
-TRAINABLE = {"backend in the quantization_config of the repository's config.json": "auto_trainable"}
+TRAINABLE = {"quantization_config.backend of the repository's config.json": "auto_trainable"}
 """The change with which it trains: transformers takes the backend from there (utils/quantization_config.py)."""
 WITH_A_BACKEND: Mapping[str, tuple[str, ...]] = {"swift": PACKED, "llamafactory": PACKED}
 """Tools that were rehearsed with a repository of that change, and its formats."""
@@ -65,7 +65,8 @@ def is_folder(model: str) -> bool:
 def weights_of(
     text: str, options: Mapping[str, object], tool: str
 ) -> tuple[dict[str, object], str | None, Unsupported | Refused | None]:
-    """The options of a file whose model is a repository of stored weights, what is assumed of these, and what is not supported.
+    """The options of a file whose model is a repository of stored weights, what is assumed of these, and what is not supported,
+    or what the tool raises and the change with which it runs.
 
     The repository's storage wins over the file's. Full fine-tuning of quantized weights is what transformers refuses.
     """

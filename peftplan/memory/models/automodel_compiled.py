@@ -9,7 +9,7 @@ sums of the norms' gradients, some numbers for each row, and that a kernel may w
 
 from __future__ import annotations
 
-from peftplan.memory.fused_attention import LSE_MULTIPLE, RF_HEAD, efficient_gradients, flash_gradients, number, padded
+from peftplan.memory.fused_attention import efficient_gradients, efficient_output, flash_gradients, number
 from peftplan.memory.models.style import Call
 from peftplan.tape.tape import Tape
 from peftplan.tape.tensors import Dims, Gradients, Node, Operand, Tensor
@@ -97,12 +97,7 @@ def compiled_latent(c: Call, x: Tensor) -> Tensor:
     values = f.new((b, heads, s, v), x.dtype, "contiguous")
     del kv
     node = f.record(_latent_backward, (x, *weights), x.detach(), tuple(w.dims for w in weights), q, k.view(q.dims), values)
-    out = f.new((b, s, heads, v), x.dtype, "memory-efficient attention")
-    logsumexp = f.new((b, heads, padded(s, LSE_MULTIPLE)), "fp32", "logsumexp")
-    if max(d, v) > RF_HEAD:
-        accumulator = f.new(out.dims, "fp32", "accumulator")
-        del accumulator
-    kept = (low, *of_low, both, *of_latent, out, logsumexp)
+    kept = (low, *of_low, both, *of_latent, *efficient_output(f, q, values))
     f.keep(node, *kept)
     beside_experts = f.recomputes and bool(c.block.mlp.num_experts)
     c.model.compiled[:] = [x.detach(), q, k, values, *kept] if beside_experts else []
